@@ -1,0 +1,98 @@
+"""Configuration keys of ``il_net`` and the one way a configuration is read."""
+
+import difflib
+from ast import literal_eval
+from collections.abc import Callable, Iterator
+
+import torch
+from detectron2.config import CfgNode, get_cfg
+
+# Keys that take a tuple of names and accept a single plain name as well.
+_NAME_TUPLES = ("TRAIN", "TEST")
+
+
+def add_il_net_config(cfg: CfgNode) -> None:
+    """Add the keys of ``il_net`` to a Detectron2 configuration."""
+    # Datasets of your own, registered in every process. A list of
+    #   {name, type: coco, json, images [, classes]}    COCO json and the folder of its images
+    #   {name, type: voc, root, split [, classes]}      VOC folder, split is ImageSets/Main/<split>
+    #   {name, type: images, images}                    folder or glob of images without labels
+    # Relative paths lie under DETECTRON2_DATASETS (default "datasets"); "./x" is taken as it is.
+    cfg.DATASETS.REGISTER = []
+    # The model's class names in order. () = read from the training data; setup fills it in, so
+    # that the config.yaml of a run names its classes.
+    cfg.DATASETS.CLASSES = ()
+
+    # Number format under SOLVER.AMP.ENABLED: "bf16", or "fp16" with loss scaling.
+    cfg.SOLVER.AMP.DTYPE = "bf16"
+
+
+def load_config(
+    config_file: str, opts: list[str], *add_keys: Callable[[CfgNode], None]
+) -> CfgNode:
+    """Defaults, then a YAML file with its bases, then ``KEY VALUE`` pairs.
+
+    Args:
+        config_file: path of a YAML file, or "" for the defaults.
+        opts: key, value, key, value, ...
+        *add_keys: further ``add_xxx_config`` functions.
+
+    Returns:
+        A configuration that is not frozen, on the CPU where there is no GPU.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: an unknown key or a value of the wrong type; names both.
+    """
+    cfg = get_cfg()
+    for add in (add_il_net_config, *add_keys):
+        add(cfg)
+    if config_file:
+        try:
+            loaded = CfgNode.load_yaml_with_base(config_file)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"--config-file {config_file}: {error}") from error
+        datasets = loaded.get("DATASETS", {})
+        for key in _NAME_TUPLES:
+            if key in datasets:
+                datasets[key] = _as_name_tuple(datasets[key])
+        _merge(cfg, lambda: cfg.merge_from_other_cfg(CfgNode(loaded)), config_file)
+    if len(opts) % 2:
+        raise ValueError(f"The command line needs KEY VALUE pairs, got {opts}")
+    opts = list(opts)
+    for i, key in enumerate(opts[::2]):
+        if key in {f"DATASETS.{name}" for name in _NAME_TUPLES}:
+            opts[2 * i + 1] = _as_name_tuple(opts[2 * i + 1])
+    _merge(cfg, lambda: cfg.merge_from_list(opts), "command line")
+    if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+    return cfg
+
+
+def _merge(cfg: CfgNode, merge: Callable[[], None], source: str) -> None:
+    try:
+        merge()
+    except KeyError as error:
+        key = str(error.args[0]).rsplit(" ", 1)[-1]
+        near = difflib.get_close_matches(key, list(_keys(cfg)), n=3, cutoff=0.7)
+        hint = f" Did you mean {' or '.join(near)}?" if near else ""
+        raise ValueError(f"{source}: there is no configuration key {key}.{hint}") from error
+    except (ValueError, AssertionError) as error:
+        raise ValueError(f"{source}: {error}") from error
+
+
+def _keys(node: CfgNode, prefix: str = "") -> Iterator[str]:
+    for key, value in node.items():
+        if isinstance(value, CfgNode):
+            yield from _keys(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def _as_name_tuple(value: str | list | tuple) -> tuple[str, ...]:
+    if isinstance(value, str):
+        try:
+            value = literal_eval(value)
+        except (ValueError, SyntaxError):
+            return (value,)
+    return (value,) if isinstance(value, str) else tuple(value)

@@ -1,0 +1,1 @@
+"""Launching, the training step and its hooks."""

@@ -1,0 +1,135 @@
+"""The training step with mixed precision, and the trainer assembled from a configuration."""
+
+import logging
+import time
+import weakref
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer, SimpleTrainer, TrainerBase
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.utils import comm
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..checkpoint import Checkpointer
+from ..evaluation.build import build_evaluator
+
+AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class TrainStep(SimpleTrainer):
+    """One optimisation step: forward, backward, update.
+
+    Differs from Detectron2's ``AMPTrainer``: bf16 beside fp16, and the CPU beside CUDA.
+
+    Args:
+        model, data_loader, optimizer: as in ``SimpleTrainer``.
+        amp_dtype: None for full precision; fp16 scales the loss.
+    """
+
+    def __init__(
+        self, model: nn.Module, data_loader, optimizer, *, amp_dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__(model, data_loader, optimizer)
+        self.amp_dtype = amp_dtype
+        self.device_type = next(model.parameters()).device.type
+        self.grad_scaler = torch.amp.GradScaler(
+            self.device_type, enabled=amp_dtype == torch.float16
+        )
+
+    def run_step(self) -> None:
+        """Draw a batch, sum the losses, update the weights."""
+        start = time.perf_counter()
+        data = next(self._data_loader_iter)
+        data_time = time.perf_counter() - start
+        with torch.autocast(
+            self.device_type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None
+        ):
+            loss_dict = self.model(data)
+            loss = sum(loss_dict.values())
+        self.optimizer.zero_grad()
+        self.grad_scaler.scale(loss).backward()
+        # Raises on a non-finite loss, before the weights are touched.
+        self._write_metrics(loss_dict, data_time)
+        self.grad_scaler.step(self.optimizer)
+        self.grad_scaler.update()
+
+    def state_dict(self) -> dict:
+        """Detectron2's state and the loss scale."""
+        return {**super().state_dict(), "grad_scaler": self.grad_scaler.state_dict()}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Undo ``state_dict``; a checkpoint without a loss scale starts a new one."""
+        super().load_state_dict(state_dict)
+        self.grad_scaler.load_state_dict(state_dict.get("grad_scaler", {}))
+
+
+class Trainer(DefaultTrainer):
+    """Detectron2's ``DefaultTrainer`` with this project's step, checkpointer and evaluators.
+
+    Differs from its parent's constructor: the step above, and DDP also on the CPU.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        TrainerBase.__init__(self)
+        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        check_batch_size(cfg)
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        data_loader = self.build_train_loader(cfg)
+        model = wrap_distributed(model)
+        self._trainer = TrainStep(model, data_loader, optimizer, amp_dtype=amp_dtype(cfg))
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.start_iter = 0
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self.cfg = cfg
+        self.register_hooks(self.build_hooks())
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """As Detectron2's; says from where the run goes on."""
+        super().resume_or_load(resume=resume)
+        if self.start_iter:
+            logging.getLogger(__name__).info(
+                "Resumed at iteration %d of %d from %s",
+                self.start_iter,
+                self.max_iter,
+                self.checkpointer.get_checkpoint_file(),
+            )
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+        """See :func:`il_net.evaluation.build.build_evaluator`."""
+        return build_evaluator(cfg, dataset_name)
+
+
+def amp_dtype(cfg: CfgNode) -> torch.dtype | None:
+    """The number format that ``SOLVER.AMP`` asks for, None when it is off."""
+    if cfg.SOLVER.AMP.DTYPE not in AMP_DTYPES:
+        raise ValueError(
+            f"SOLVER.AMP.DTYPE is one of {list(AMP_DTYPES)}, got {cfg.SOLVER.AMP.DTYPE!r}"
+        )
+    return AMP_DTYPES[cfg.SOLVER.AMP.DTYPE] if cfg.SOLVER.AMP.ENABLED else None
+
+
+def check_batch_size(cfg: CfgNode) -> None:
+    """Refuse a batch that the processes cannot share evenly."""
+    processes, batch = comm.get_world_size(), cfg.SOLVER.IMS_PER_BATCH
+    if batch < processes or batch % processes:
+        raise ValueError(
+            f"SOLVER.IMS_PER_BATCH {batch} is the batch of all processes together and must be a "
+            f"multiple of their number, {processes}"
+        )
+
+
+def wrap_distributed(model: nn.Module) -> nn.Module:
+    """DistributedDataParallel when there are several processes, on GPUs or on the CPU."""
+    if comm.get_world_size() == 1:
+        return model
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    return DistributedDataParallel(
+        model,
+        device_ids=None if on_cpu else [comm.get_local_rank()],
+        broadcast_buffers=False,
+    )

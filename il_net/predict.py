@@ -1,0 +1,157 @@
+"""Run a trained model on pictures and write what it finds."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pycocotools.mask as mask_util
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import transforms
+from detectron2.data.catalog import Metadata
+from detectron2.data.detection_utils import convert_image_to_rgb
+from detectron2.modeling import build_model
+from detectron2.structures import BoxMode, Instances
+from detectron2.utils.visualizer import ColorMode, Visualizer
+
+from .checkpoint import Checkpointer
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm"}
+VIDEO_SUFFIXES = {".mp4", ".avi", ".mov", ".mkv", ".webm"}
+
+
+class Predictor:
+    """A model in evaluation mode with the test-time resizing of its configuration.
+
+    Args:
+        cfg: a configuration whose ``DATASETS.CLASSES`` are set.
+        model: the model; None builds it and loads ``MODEL.WEIGHTS``.
+
+    Raises:
+        ValueError: less than 90 % of the model's weights are in ``MODEL.WEIGHTS``.
+    """
+
+    def __init__(self, cfg: CfgNode, model: torch.nn.Module | None = None) -> None:
+        if model is None:
+            model = build_model(cfg)
+            Checkpointer(model).load_complete(cfg.MODEL.WEIGHTS)
+        self.model = model.eval()
+        self.input_format = cfg.INPUT.FORMAT
+        self.resize = transforms.ResizeShortestEdge(
+            [cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST
+        )
+
+    @torch.no_grad()
+    def __call__(self, image: np.ndarray) -> Instances:
+        """Detections of one picture, in its own pixels, on the CPU.
+
+        Args:
+            image: (H, W, 3) uint8 in BGR order, as OpenCV reads it.
+        """
+        height, width = image.shape[:2]
+        if self.input_format == "RGB":
+            image = image[:, :, ::-1]
+        resized = self.resize.get_transform(image).apply_image(image)
+        tensor = torch.as_tensor(np.ascontiguousarray(resized.transpose(2, 0, 1)))
+        inputs = [{"image": tensor, "height": height, "width": width}]
+        return self.model(inputs)[0]["instances"].to("cpu")
+
+
+def draw(image: np.ndarray, instances: Instances, classes: Sequence[str]) -> np.ndarray:
+    """Boxes, masks, class names and scores over a picture, one colour per class.
+
+    Args:
+        image: (H, W, 3) uint8, BGR.
+        instances: predictions (``pred_*``) in the picture's pixels.
+        classes: names in the model's order.
+
+    Returns:
+        (H, W, 3) uint8, BGR.
+    """
+    visualizer = _visualizer(image, classes)
+    return visualizer.draw_instance_predictions(instances).get_image()[:, :, ::-1]
+
+
+def draw_truth(image: np.ndarray, record: dict, classes: Sequence[str]) -> np.ndarray:
+    """Like :func:`draw` for a Detectron2 dataset dict with ``annotations``."""
+    return _visualizer(image, classes).draw_dataset_dict(record).get_image()[:, :, ::-1]
+
+
+def _visualizer(image: np.ndarray, classes: Sequence[str]) -> Visualizer:
+    palette = [tuple(int(c) for c in color) for color in class_colors(len(classes))]
+    metadata = Metadata(thing_classes=list(classes), thing_colors=palette)
+    rgb = convert_image_to_rgb(image, "BGR")
+    return Visualizer(rgb, metadata, instance_mode=ColorMode.SEGMENTATION)
+
+
+def class_colors(count: int) -> np.ndarray:
+    """``count`` distinct colours: (count, 3) uint8, RGB, the same on every call."""
+    hues = np.arange(count) * 0.618034 % 1.0  # golden ratio: neighbours differ
+    channels = np.abs((hues[:, None] * 6 + np.array([0, 4, 2])) % 6 - 3) - 1
+    return (np.clip(channels, 0, 1) * 190 + 50).astype(np.uint8)
+
+
+def to_coco(instances: Instances, image_id: int) -> list[dict]:
+    """COCO annotations of one picture, without ids; boxes are x, y, width, height in pixels.
+
+    ``category_id`` is the class index + 1; masks are run-length encoded.
+    """
+    boxes = BoxMode.convert(instances.pred_boxes.tensor, BoxMode.XYXY_ABS, BoxMode.XYWH_ABS)
+    records = []
+    for i, box in enumerate(boxes.tolist()):
+        record = {
+            "image_id": image_id,
+            "category_id": int(instances.pred_classes[i]) + 1,
+            "bbox": [round(value, 2) for value in box],
+            "area": round(box[2] * box[3], 2),
+            "score": round(float(instances.scores[i]), 5),
+            "iscrowd": 0,
+        }
+        if instances.has("pred_masks"):
+            mask = np.asfortranarray(instances.pred_masks[i].numpy().astype(np.uint8))
+            rle = mask_util.encode(mask)
+            record["area"] = float(mask_util.area(rle))
+            record["segmentation"] = {"size": rle["size"], "counts": rle["counts"].decode()}
+        records.append(record)
+    return records
+
+
+def find_inputs(pattern: str) -> list[Path]:
+    """Pictures and videos that a file, folder (searched to the bottom) or glob names, sorted.
+
+    Raises:
+        FileNotFoundError: nothing there.
+    """
+    path = Path(pattern).expanduser()
+    suffixes = IMAGE_SUFFIXES | VIDEO_SUFFIXES
+    if path.is_file():
+        found = [path]
+    elif path.is_dir():
+        found = [p for p in path.rglob("*") if p.suffix.lower() in suffixes]
+    else:
+        anchor = Path(path.anchor) if path.anchor else Path()
+        found = [p for p in anchor.glob(str(path.relative_to(path.anchor))) if p.is_file()]
+    if not found:
+        raise FileNotFoundError(f"--input {pattern}: no picture or video there")
+    return sorted(found)
+
+
+def read_frames(path: Path) -> Iterator[np.ndarray]:
+    """The frames of a video, (H, W, 3) uint8 in BGR order.
+
+    Raises:
+        ValueError: the file can't be opened as a video.
+    """
+    import cv2
+
+    video = cv2.VideoCapture(str(path))
+    try:
+        if not video.isOpened():
+            raise ValueError(f"{path} can't be read as a video")
+        while True:
+            more, frame = video.read()
+            if not more:
+                return
+            yield frame
+    finally:
+        video.release()

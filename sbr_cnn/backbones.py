@@ -1,0 +1,167 @@
+"""Backbones: ResNet-FPN with a choice of BatchNorm, and any timm model with FPN.
+
+Thesis section 2.1: the baselines keep BatchNorm's running statistics fixed and train its affine
+parameters, which Detectron2 does not offer.
+"""
+
+from types import ModuleType
+
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_resnet_backbone
+from detectron2.modeling.backbone.fpn import FPN, LastLevelMaxPool
+from torch import Tensor, nn
+
+# The additional value of MODEL.RESNETS.NORM: fixed running statistics, trainable affine.
+FROZEN_STATS = "FrozenStatsBN"
+
+
+class FrozenStatsBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm that always normalises with its running statistics; weight and bias train."""
+
+    def train(self, mode: bool = True) -> "FrozenStatsBatchNorm2d":
+        """Stay in evaluation mode whatever ``mode`` is."""
+        return super().train(False)
+
+    @classmethod
+    def convert(cls, module: nn.Module) -> nn.Module:
+        """Turn every ``nn.BatchNorm2d`` inside ``module`` into this class, in place.
+
+        The modules keep their parameters, buffers and names; subclasses of BatchNorm that do
+        more than normalise are left alone.
+        """
+        for layer in module.modules():
+            if type(layer) is nn.BatchNorm2d:
+                layer.__class__ = cls
+                layer.train(False)
+        return module
+
+
+@BACKBONE_REGISTRY.register()
+def build_norm_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """Detectron2's ``build_resnet_fpn_backbone`` plus ``MODEL.RESNETS.NORM: "FrozenStatsBN"``.
+
+    Layers that ``MODEL.BACKBONE.FREEZE_AT`` freezes are frozen whole, affine included.
+    """
+    if cfg.MODEL.RESNETS.NORM == FROZEN_STATS:
+        plain = cfg.clone()
+        plain.defrost()
+        plain.MODEL.RESNETS.NORM = "BN"
+        bottom_up = FrozenStatsBatchNorm2d.convert(build_resnet_backbone(plain, input_shape))
+    else:
+        bottom_up = build_resnet_backbone(cfg, input_shape)
+    return _build_fpn(cfg, bottom_up)
+
+
+class TimmBackbone(Backbone):
+    """The feature maps of a timm model, with all BatchNorm frozen.
+
+    Gives "res2" to "res5" for strides 4 to 32. Frozen BatchNorm (statistics and affine) because
+    detectors train with few images per device.
+
+    Args:
+        name: a timm model that supports ``features_only``.
+        in_channels: channels of the input picture.
+        out_features: which of "res2" to "res5" to return.
+        freeze_at: 0 trains everything; k >= 2 freezes the stem and the stages up to "res{k}",
+            as Detectron2's ``MODEL.BACKBONE.FREEZE_AT``; 1 freezes what comes before "res2".
+
+    Raises:
+        ValueError: timm does not know the model, or it lacks a stride.
+    """
+
+    STRIDES = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
+
+    @configurable
+    def __init__(
+        self, *, name: str, in_channels: int, out_features: list[str], freeze_at: int
+    ) -> None:
+        super().__init__()
+        timm = _import_timm()
+        if not timm.is_model(name):
+            near = ", ".join(timm.list_models(f"*{name.split('_')[-1]}*")[:5])
+            raise ValueError(
+                f"MODEL.TIMM.NAME: timm {timm.__version__} has no {name!r}; near: {near or 'none'}"
+            )
+        probe = timm.create_model(name, features_only=True, in_chans=in_channels)
+        reductions = probe.feature_info.reduction()
+        missing = [f for f in out_features if self.STRIDES.get(f) not in reductions]
+        if missing:
+            raise ValueError(
+                f"MODEL.RESNETS.OUT_FEATURES: {name} has strides {reductions}, no {missing}"
+            )
+        index = {f: reductions.index(s) for f, s in self.STRIDES.items() if s in reductions}
+        last = max(index[f] for f in out_features)
+        self.body = timm.create_model(
+            name, features_only=True, in_chans=in_channels, out_indices=range(last + 1)
+        )
+        self._index = {f: index[f] for f in out_features}
+        self._out_features = list(out_features)
+        self._out_feature_strides = {f: self.STRIDES[f] for f in out_features}
+        channels = self.body.feature_info.channels()
+        self._out_feature_channels = {f: channels[i] for f, i in self._index.items()}
+        self._norms = [m for m in self.body.modules() if isinstance(m, nn.BatchNorm2d)]
+        for norm in self._norms:
+            norm.requires_grad_(False)
+        self._freeze(freeze_at, index)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict:
+        """Read ``MODEL.TIMM``, ``MODEL.RESNETS.OUT_FEATURES`` and ``MODEL.BACKBONE.FREEZE_AT``."""
+        return {
+            "name": cfg.MODEL.TIMM.NAME,
+            "in_channels": input_shape.channels,
+            "out_features": cfg.MODEL.RESNETS.OUT_FEATURES,
+            "freeze_at": cfg.MODEL.BACKBONE.FREEZE_AT,
+        }
+
+    def _freeze(self, freeze_at: int, index: dict[str, int]) -> None:
+        if freeze_at <= 0:
+            return
+        stage = self.body.feature_info.module_name()[index[f"res{max(freeze_at, 2)}"]]
+        # Some models keep their module tree ("blocks.1"), others are flattened ("stages_1").
+        prefixes = (stage + ".", stage.replace(".", "_") + ".")
+        named = list(self.body.named_parameters())
+        inside = [i for i, (name, _) in enumerate(named) if name.startswith(prefixes)]
+        end = inside[0] if freeze_at == 1 else inside[-1] + 1
+        for _, parameter in named[:end]:
+            parameter.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "TimmBackbone":
+        """As usual, but BatchNorm stays in evaluation mode."""
+        super().train(mode)
+        for norm in self._norms:
+            norm.eval()
+        return self
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """(N, in_channels, H, W) to the named maps, each (N, C, H / stride, W / stride)."""
+        maps = self.body(x)
+        return {name: maps[index] for name, index in self._index.items()}
+
+
+@BACKBONE_REGISTRY.register()
+def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """FPN over the timm model ``MODEL.TIMM.NAME``; widths as in ``MODEL.FPN``."""
+    return _build_fpn(cfg, TimmBackbone(cfg, input_shape))
+
+
+def _build_fpn(cfg: CfgNode, bottom_up: Backbone) -> FPN:
+    return FPN(
+        bottom_up=bottom_up,
+        in_features=cfg.MODEL.FPN.IN_FEATURES,
+        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
+        norm=cfg.MODEL.FPN.NORM,
+        top_block=LastLevelMaxPool(),
+        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
+    )
+
+
+def _import_timm() -> ModuleType:
+    try:
+        import timm
+    except ImportError as error:
+        raise ImportError(
+            "build_timm_fpn_backbone needs timm: pip install timm (the extra 'small' has it)"
+        ) from error
+    return timm

@@ -1,0 +1,340 @@
+"""RoI heads: Detectron2's with any extractor, and the looped heads of R3-CNN.
+
+Thesis section 2.2: the same box and mask heads run several times over boxes that each loop
+refines, against a rising IoU threshold.
+
+Shape shorthand: N images, R boxes of all images, K classes, C channels.
+"""
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import ROI_HEADS_REGISTRY, build_box_head, build_mask_head
+from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.modeling.matcher import Matcher
+from detectron2.modeling.roi_heads import FastRCNNOutputLayers, ROIHeads, StandardROIHeads
+from detectron2.modeling.sampling import subsample_labels
+from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
+from detectron2.utils.events import get_event_storage
+from torch import Tensor, nn
+
+from .extractors import build_roi_extractor
+from .mask_heads import crop_masks, mask_loss, select_class
+from .schedule import Loop, LoopSchedule
+
+
+@ROI_HEADS_REGISTRY.register()
+class ExtractorROIHeads(StandardROIHeads):
+    """Detectron2's ``StandardROIHeads`` with the extractors that ``EXTRACTOR`` names.
+
+    With "single" everywhere it computes what its parent does.
+    """
+
+    @classmethod
+    def _init_box_head(cls, cfg, input_shape):
+        parts = super()._init_box_head(cfg, input_shape)
+        parts["box_pooler"] = build_roi_extractor(cfg, cfg.MODEL.ROI_BOX_HEAD, input_shape)
+        return parts
+
+    @classmethod
+    def _init_mask_head(cls, cfg, input_shape):
+        parts = super()._init_mask_head(cfg, input_shape)
+        if parts:
+            parts["mask_pooler"] = build_roi_extractor(cfg, cfg.MODEL.ROI_MASK_HEAD, input_shape)
+        return parts
+
+
+class HeadPair(nn.Module):
+    """One letter of the schedule: box branch and mask branch with their own extractors.
+
+    Args:
+        box_pooler, box_head, box_predictor: as in Detectron2's ``StandardROIHeads``; the
+            predictor is class-agnostic for boxes.
+        mask_pooler, mask_head: a ``LoopMaskHead`` and its extractor; None without masks.
+    """
+
+    def __init__(
+        self,
+        *,
+        box_pooler: nn.Module,
+        box_head: nn.Module,
+        box_predictor: FastRCNNOutputLayers,
+        mask_pooler: nn.Module | None = None,
+        mask_head: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.box_pooler = box_pooler
+        self.box_head = box_head
+        self.box_predictor = box_predictor
+        self.mask_pooler = mask_pooler
+        self.mask_head = mask_head
+
+    @classmethod
+    def from_config(
+        cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec], box_reg_weights: tuple[float, ...]
+    ) -> "HeadPair":
+        """Build one pair; ``box_reg_weights`` are its box coder's."""
+        channels = input_shape[cfg.MODEL.ROI_HEADS.IN_FEATURES[0]].channels
+        side = cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION
+        box_head = build_box_head(cfg, ShapeSpec(channels=channels, height=side, width=side))
+        parts = {
+            "box_pooler": build_roi_extractor(cfg, cfg.MODEL.ROI_BOX_HEAD, input_shape),
+            "box_head": box_head,
+            "box_predictor": FastRCNNOutputLayers(
+                cfg, box_head.output_shape, box2box_transform=Box2BoxTransform(box_reg_weights)
+            ),
+        }
+        if cfg.MODEL.MASK_ON:
+            side = cfg.MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION
+            shape = ShapeSpec(channels=channels, height=side, width=side)
+            parts["mask_pooler"] = build_roi_extractor(cfg, cfg.MODEL.ROI_MASK_HEAD, input_shape)
+            parts["mask_head"] = build_mask_head(cfg, shape)
+        return cls(**parts)
+
+    def predict_boxes(
+        self, features: list[Tensor], boxes: list[Boxes]
+    ) -> tuple[Tensor, Tensor]:
+        """Class logits (R, K + 1) and box deltas (R, 4) of the given boxes."""
+        return self.box_predictor(self.box_head(self.box_pooler(features, boxes)))
+
+
+@ROI_HEADS_REGISTRY.register()
+class LoopROIHeads(ROIHeads):
+    """Box and mask heads that run in loops, each loop refining the boxes of the one before.
+
+    Training, loop t: match the boxes with the ground truth at IoU u_t and sample; losses of the
+    sample times alpha_t; refine the whole sample without gradient and drop what was ground
+    truth; for the masks match and sample the refined boxes again with the same u_t (interleaving);
+    the refined boxes enter loop t + 1. The ground truth joins the candidates every time.
+
+    Inference: all proposals pass all loops; the class logits of the loops are averaged, then
+    softmax; the boxes are the last loop's; the mask head iterates once per loop on the final
+    boxes and its probabilities are averaged.
+
+    Differs from Detectron2's ``CascadeROIHeads``: re-samples in every loop, averages logits, does
+    not scale gradients, trains masks in every loop.
+
+    Args:
+        in_features: names of the feature maps, finest first.
+        pairs: the head pair of each letter of the schedule.
+        schedule: the loops.
+        mask_loop: iterate the mask head t times in training loop t.
+        interleaved: train masks on a new sample of the refined boxes.
+        **kwargs: see Detectron2's ``ROIHeads``; ``proposal_matcher`` is not used.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        in_features: list[str],
+        pairs: dict[str, HeadPair],
+        schedule: LoopSchedule,
+        mask_loop: bool = True,
+        interleaved: bool = True,
+        **kwargs,
+    ) -> None:
+        super().__init__(proposal_matcher=None, **kwargs)
+        self.in_features = in_features
+        self.pairs = nn.ModuleDict(pairs)
+        self.schedule = schedule
+        self.mask_loop = mask_loop
+        self.interleaved = interleaved
+        self.mask_on = self.pairs["a"].mask_head is not None
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
+        """Read ``MODEL.ROI_LOOP_HEAD``, ``ROI_HEADS``, ``ROI_BOX_HEAD`` and ``ROI_MASK_HEAD``."""
+        if not cfg.MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG:
+            raise ValueError("LoopROIHeads needs MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG: True")
+        node = cfg.MODEL.ROI_LOOP_HEAD
+        schedule = LoopSchedule.from_config(cfg)
+        if len(node.BBOX_REG_WEIGHTS) < len(schedule.pairs):
+            raise ValueError(
+                f"MODEL.ROI_LOOP_HEAD.BBOX_REG_WEIGHTS has {len(node.BBOX_REG_WEIGHTS)} entries, "
+                f"MODEL.ROI_LOOP_HEAD.ORDER {node.ORDER!r} needs {len(schedule.pairs)}"
+            )
+        ret = super().from_config(cfg)
+        del ret["proposal_matcher"]
+        ret.update(
+            in_features=cfg.MODEL.ROI_HEADS.IN_FEATURES,
+            pairs={
+                letter: HeadPair.from_config(cfg, input_shape, tuple(weights))
+                for letter, weights in zip(schedule.pairs, node.BBOX_REG_WEIGHTS, strict=False)
+            },
+            schedule=schedule,
+            mask_loop=node.MASK_LOOP,
+            interleaved=node.INTERLEAVED,
+        )
+        return ret
+
+    def forward(
+        self,
+        images: ImageList,
+        features: dict[str, Tensor],
+        proposals: list[Instances],
+        targets: list[Instances] | None = None,
+    ) -> tuple[list[Instances], dict[str, Tensor]]:
+        """See Detectron2's ``ROIHeads.forward``; losses carry the suffix ``_loop{t}``."""
+        maps = [features[name] for name in self.in_features]
+        if self.training:
+            if targets is None:
+                raise ValueError("LoopROIHeads needs targets in training")
+            return proposals, self._train_loops(maps, proposals, targets)
+        return self._detect_masks(maps, self._detect_boxes(maps, proposals)), {}
+
+    def forward_with_given_boxes(
+        self, features: dict[str, Tensor], instances: list[Instances]
+    ) -> list[Instances]:
+        """Masks for given ``pred_boxes`` and ``pred_classes``; see ``StandardROIHeads``."""
+        return self._detect_masks([features[name] for name in self.in_features], instances)
+
+    # ---- training ----
+
+    def _train_loops(
+        self, maps: list[Tensor], proposals: list[Instances], targets: list[Instances]
+    ) -> dict[str, Tensor]:
+        losses: dict[str, Tensor] = {}
+        boxes = [p.proposal_boxes for p in proposals]
+        for loop in self.schedule.train:
+            sample = self.label_and_sample(boxes, targets, loop)
+            loop_losses, boxes = self._train_boxes(maps, sample, loop)
+            if self.mask_on:
+                if self.interleaved:
+                    sample = self.label_and_sample(boxes, targets, loop)
+                loop_losses["loss_mask"] = self._train_masks(maps, sample, targets, loop)
+            for name, loss in loop_losses.items():
+                losses[f"{name}_loop{loop.number}"] = loss * loop.loss_weight
+        return losses
+
+    @torch.no_grad()
+    def label_and_sample(
+        self, boxes: list[Boxes], targets: list[Instances], loop: Loop
+    ) -> list[Instances]:
+        """Match candidate boxes with the ground truth at the loop's IoU and sample some.
+
+        Args:
+            boxes: the candidates of each image; its ground truth is put in front of them.
+            targets: ground truth with ``gt_boxes`` and ``gt_classes``.
+            loop: gives the IoU threshold.
+
+        Returns:
+            Per image at most ``batch_size_per_image`` boxes, positives first, with
+            ``proposal_boxes``, ``gt_classes`` (K is background), ``gt_boxes``, ``gt_index`` (the
+            matched ground truth; meaningless for background) and ``is_gt``.
+        """
+        matcher = Matcher([loop.iou], [0, 1], allow_low_quality_matches=False)
+        samples, num_positive = [], 0
+        for candidates, target in zip(boxes, targets, strict=True):
+            num_gt = len(target)
+            if self.proposal_append_gt:
+                candidates = Boxes.cat([target.gt_boxes, candidates])
+            is_gt = torch.zeros(len(candidates), dtype=torch.bool, device=candidates.device)
+            is_gt[: num_gt if self.proposal_append_gt else 0] = True
+            index, labels = matcher(pairwise_iou(target.gt_boxes, candidates))
+            classes = torch.full_like(index, self.num_classes)
+            if num_gt:
+                classes = torch.where(labels == 1, target.gt_classes[index], classes)
+            positive, negative = subsample_labels(
+                classes, self.batch_size_per_image, self.positive_fraction, self.num_classes
+            )
+            chosen = torch.cat([positive, negative])
+            sample = Instances(target.image_size)
+            sample.proposal_boxes = candidates[chosen]
+            sample.gt_classes = classes[chosen]
+            sample.gt_index = index[chosen]
+            sample.is_gt = is_gt[chosen]
+            # Without ground truth all is background: any box of the right shape will do.
+            sample.gt_boxes = (
+                target.gt_boxes[sample.gt_index] if num_gt else sample.proposal_boxes
+            )
+            samples.append(sample)
+            num_positive += len(positive)
+        get_event_storage().put_scalar(
+            f"roi_head/num_fg_samples_loop{loop.number}", num_positive / max(len(samples), 1)
+        )
+        return samples
+
+    def _train_boxes(
+        self, maps: list[Tensor], sample: list[Instances], loop: Loop
+    ) -> tuple[dict[str, Tensor], list[Boxes]]:
+        pair = self.pairs[loop.pair]
+        predictions = pair.predict_boxes(maps, [s.proposal_boxes for s in sample])
+        with get_event_storage().name_scope(f"loop{loop.number}"):
+            losses = pair.box_predictor.losses(predictions, sample)
+        refined = self._refine(pair, predictions, sample)
+        return losses, [
+            boxes[~s.is_gt] for boxes, s in zip(refined, sample, strict=True)
+        ]
+
+    @torch.no_grad()
+    def _refine(
+        self, pair: HeadPair, predictions: tuple[Tensor, Tensor], proposals: list[Instances]
+    ) -> list[Boxes]:
+        decoded = pair.box_predictor.predict_boxes(predictions, proposals)
+        refined = [Boxes(boxes) for boxes in decoded]
+        for boxes, proposal in zip(refined, proposals, strict=True):
+            boxes.clip(proposal.image_size)
+        return refined
+
+    def _train_masks(
+        self,
+        maps: list[Tensor],
+        sample: list[Instances],
+        targets: list[Instances],
+        loop: Loop,
+    ) -> Tensor:
+        pair = self.pairs[loop.pair]
+        positives = [s[s.gt_classes < self.num_classes] for s in sample]
+        x = pair.mask_pooler(maps, [p.proposal_boxes for p in positives])
+        order = self.schedule.order[: loop.number] if self.mask_loop else loop.pair
+        features = None
+        for letter in order:
+            features = self.pairs[letter].mask_head.iterate(x, features)
+        logits = pair.mask_head.logits(features)
+        side = logits.shape[-1]
+        crops = [
+            crop_masks(target.gt_masks, p.proposal_boxes, p.gt_index, side)
+            for p, target in zip(positives, targets, strict=True)
+            if len(p)
+        ]
+        classes = torch.cat([p.gt_classes for p in positives])
+        return mask_loss(logits, classes, torch.cat(crops) if crops else logits.new_zeros(0))
+
+    # ---- inference ----
+
+    def _detect_boxes(self, maps: list[Tensor], proposals: list[Instances]) -> list[Instances]:
+        order = self.schedule.test
+        logits = 0.0
+        for number, letter in enumerate(order, start=1):
+            pair = self.pairs[letter]
+            predictions = pair.predict_boxes(maps, [p.proposal_boxes for p in proposals])
+            logits = logits + predictions[0]
+            if number < len(order):
+                # Degenerate boxes stay, so that the loops' logits keep belonging together.
+                proposals = [
+                    Instances(p.image_size, proposal_boxes=boxes)
+                    for p, boxes in zip(
+                        proposals, self._refine(pair, predictions, proposals), strict=True
+                    )
+                ]
+        # The last loop's own coder decodes its deltas, whichever pair that is.
+        merged = (logits / len(order), predictions[1])
+        detections, _ = pair.box_predictor.inference(merged, proposals)
+        return detections
+
+    def _detect_masks(self, maps: list[Tensor], instances: list[Instances]) -> list[Instances]:
+        if not self.mask_on:
+            return instances
+        order = self.schedule.test
+        x = self.pairs[order[-1]].mask_pooler(maps, [i.pred_boxes for i in instances])
+        classes = torch.cat([i.pred_classes for i in instances])
+        features, probabilities = None, 0.0
+        for letter in order:
+            head = self.pairs[letter].mask_head
+            features = head.iterate(x, features)
+            probabilities = probabilities + select_class(head.logits(features), classes).sigmoid()
+        masks = (probabilities / len(order))[:, None]
+        for image, image_masks in zip(instances, masks.split([len(i) for i in instances]), strict=True):
+            image.pred_masks = image_masks  # (R_i, 1, M, M), as Detectron2's mask heads give
+        return instances

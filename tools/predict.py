@@ -1,0 +1,135 @@
+#!/usr/bin/env python
+"""Detect objects in pictures and videos with a trained model.
+
+python tools/predict.py --config-file F --input IMAGE|FOLDER|GLOB|VIDEO --output DIR \\
+    [--min-score S] [MODEL.WEIGHTS W]
+
+Writes one picture (or video) per input with what was found at --min-score or better, and
+detections.json, a COCO file with every detection the model keeps (MODEL.ROI_HEADS.SCORE_THRESH_TEST),
+masks run-length encoded. Exit code 1: some input could not be read; 2: nothing was done.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+from detectron2.data.detection_utils import read_image
+from detectron2.utils.logger import setup_logger
+from tqdm import tqdm
+
+from il_net.config import load_config
+from il_net.data.datasets import register_datasets
+from il_net.errors import plain_errors
+from il_net.predict import VIDEO_SUFFIXES, Predictor, draw, find_inputs, read_frames, to_coco
+from sbr_cnn import add_sbr_cnn_config
+
+
+class Writer:
+    """Draws detections and collects them as one COCO file.
+
+    Args:
+        predictor, classes: the model and its class names.
+        output: folder for everything written.
+        min_score: detections below it are not drawn.
+    """
+
+    def __init__(
+        self, predictor: Predictor, classes: list[str], output: Path, min_score: float
+    ) -> None:
+        self.predictor = predictor
+        self.classes = classes
+        self.output = output
+        self.min_score = min_score
+        self.images: list[dict] = []
+        self.annotations: list[dict] = []
+
+    def detect(self, image: np.ndarray, name: str) -> np.ndarray:
+        """Record the detections of one picture (BGR) and return it with them drawn."""
+        instances = self.predictor(image)
+        image_id = len(self.images) + 1
+        height, width = image.shape[:2]
+        self.images.append({"id": image_id, "file_name": name, "height": height, "width": width})
+        for record in to_coco(instances, image_id):
+            self.annotations.append({"id": len(self.annotations) + 1, **record})
+        return draw(image, instances[instances.scores >= self.min_score], self.classes)
+
+    def picture(self, source: Path, name: Path) -> None:
+        """Detect in one picture file and write ``output/name``."""
+        drawn = self.detect(read_image(str(source), "BGR"), name.as_posix())
+        target = self.output / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not cv2.imwrite(str(target.with_suffix(".jpg")), drawn):
+            raise OSError(f"{target} can't be written")
+
+    def video(self, source: Path, name: Path) -> None:
+        """Detect in every frame of a video file and write ``output/name`` as mp4."""
+        rate = cv2.VideoCapture(str(source)).get(cv2.CAP_PROP_FPS) or 25.0
+        target = (self.output / name).with_suffix(".mp4")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        video = None
+        for number, frame in enumerate(read_frames(source)):
+            drawn = self.detect(frame, f"{name.as_posix()}#{number}")
+            if video is None:
+                size = drawn.shape[1::-1]
+                video = cv2.VideoWriter(str(target), cv2.VideoWriter.fourcc(*"mp4v"), rate, size)
+            video.write(np.ascontiguousarray(drawn))
+        if video is None:
+            raise ValueError(f"{source} holds no frame")
+        video.release()
+
+    def save(self) -> None:
+        """Write ``detections.json``."""
+        categories = [{"id": i, "name": name} for i, name in enumerate(self.classes, start=1)]
+        content = {
+            "images": self.images,
+            "annotations": self.annotations,
+            "categories": categories,
+        }
+        (self.output / "detections.json").write_text(json.dumps(content))
+
+
+def main() -> int:
+    """Predict all inputs; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", required=True, metavar="FILE")
+    parser.add_argument("--input", required=True, metavar="IMAGE|FOLDER|GLOB|VIDEO")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--min-score", type=float, default=0.5, help="draw from here (0.5)")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs")
+    args = parser.parse_args()
+    setup_logger(name="il_net")
+    with plain_errors():
+        inputs = find_inputs(args.input)
+        cfg = load_config(args.config_file, args.opts, add_sbr_cnn_config)
+        if not cfg.DATASETS.CLASSES:
+            register_datasets(cfg)
+        if not cfg.DATASETS.CLASSES:
+            raise ValueError("DATASETS.CLASSES is empty: use the config.yaml of the training run")
+        cfg.freeze()
+        predictor = Predictor(cfg)
+    args.output.mkdir(parents=True, exist_ok=True)
+    writer = Writer(predictor, list(cfg.DATASETS.CLASSES), args.output, args.min_score)
+    root = Path(args.input).expanduser()
+    unreadable = 0
+    for source in tqdm(inputs, unit="file"):
+        name = source.relative_to(root) if root.is_dir() else Path(source.name)
+        run = writer.video if source.suffix.lower() in VIDEO_SUFFIXES else writer.picture
+        try:
+            run(source, name)
+        except (OSError, ValueError, SyntaxError) as error:  # what Pillow and OpenCV raise
+            tqdm.write(f"skipped {source}: {error}", file=sys.stderr)
+            unreadable += 1
+    writer.save()
+    found = len(writer.annotations)
+    print(f"{found} detections in {len(writer.images)} pictures, {unreadable} inputs skipped")
+    print(f"written to {args.output}")
+    return 1 if unreadable else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+#!/usr/bin/env python
+"""Train or evaluate a detector: python train_net.py --config-file FILE [options] [KEY VALUE ...].
+
+Options are Detectron2's (--help lists them); also runs under torchrun.
+"""
+
+import argparse
+import logging
+
+from il_net.check import require_detectron2
+
+require_detectron2()
+
+from detectron2.config import CfgNode  # noqa: E402  (after the advice on a missing detectron2)
+from detectron2.engine import default_argument_parser, default_setup  # noqa: E402
+from detectron2.evaluation import verify_results  # noqa: E402
+from detectron2.utils import comm  # noqa: E402
+from detectron2.utils.logger import setup_logger  # noqa: E402
+
+from il_net.checkpoint import Checkpointer  # noqa: E402
+from il_net.config import load_config  # noqa: E402
+from il_net.data.datasets import register_datasets  # noqa: E402
+from il_net.data.validate import validate_datasets  # noqa: E402
+from il_net.engine.launch import launch  # noqa: E402
+from il_net.engine.trainer import Trainer  # noqa: E402
+from sbr_cnn import add_sbr_cnn_config  # noqa: E402
+
+
+def setup(args: argparse.Namespace) -> CfgNode:
+    """Configuration, logging, datasets and seeds of this process."""
+    cfg = load_config(args.config_file, args.opts, add_sbr_cnn_config)
+    for name in ("il_net", "sbr_cnn"):
+        setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name=name)
+    if cfg.MODEL.DEVICE == "cpu":
+        logging.getLogger("il_net").info("Running on the CPU (no GPU, or MODEL.DEVICE: cpu)")
+    register_datasets(cfg)
+    if comm.get_local_rank() == 0:
+        validate_datasets(cfg)
+    cfg.freeze()
+    default_setup(cfg, args)
+    return cfg
+
+
+def main(args: argparse.Namespace) -> dict | None:
+    """Train, or with ``--eval-only`` evaluate, in one process of the job."""
+    cfg = setup(args)
+    if args.eval_only:
+        model = Trainer.build_model(cfg)
+        checkpointer = Checkpointer(model, cfg.OUTPUT_DIR)
+        resumed = args.resume and checkpointer.has_checkpoint()
+        checkpointer.load_complete(
+            checkpointer.get_checkpoint_file() if resumed else cfg.MODEL.WEIGHTS
+        )
+        results = Trainer.test(cfg, model)
+        if comm.is_main_process():
+            verify_results(cfg, results)
+        return results
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    return trainer.train()
+
+
+def invoke_main() -> None:
+    """Parse the command line and start the processes of this machine."""
+    args = default_argument_parser().parse_args()
+    launch(main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, (args,))
+
+
+if __name__ == "__main__":
+    invoke_main()

@@ -51,7 +51,8 @@ $(STAMP): requirements/build.txt requirements/lock.txt setup.py tools/install_de
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 		echo "$(PYTHON) has no venv or ensurepip, so it cannot make $(VENV)."; \
 		echo "On Debian and Ubuntu: sudo apt install python3-venv"; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	@# An existing environment is kept: another $(PYTHON) would spoil it.
+	$(BIN) -c 'import pip' 2>/dev/null || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --require-hashes -r requirements/build.txt
 	$(PIP) install --require-hashes --no-build-isolation -r requirements/lock.txt
 	$(BIN) tools/install_detectron2.py

@@ -28,8 +28,8 @@ def read_readme() -> str:
 # `python tools/install_detectron2.py` installs it, without its dependencies; they are the second
 # group below. The versions that the tests run with are in requirements/lock.txt.
 INSTALL_REQUIRES = [
-    "torch>=2.1",
-    "torchvision>=0.16",  # the release that belongs to torch 2.1
+    "torch>=2.4",  # torch.amp.GradScaler; numpy 2
+    "torchvision>=0.19",  # the release that belongs to torch 2.4
     "numpy>=1.22",
     "Pillow>=9.1",
     "opencv-python-headless>=4.6",

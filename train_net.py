@@ -23,6 +23,7 @@ from il_net.data.datasets import register_datasets  # noqa: E402
 from il_net.data.validate import validate_datasets  # noqa: E402
 from il_net.engine.launch import launch  # noqa: E402
 from il_net.engine.trainer import Trainer  # noqa: E402
+from il_net.errors import plain_errors  # noqa: E402
 from sbr_cnn import add_sbr_cnn_config  # noqa: E402
 
 
@@ -43,14 +44,16 @@ def setup(args: argparse.Namespace) -> CfgNode:
 
 def main(args: argparse.Namespace) -> dict | None:
     """Train, or with ``--eval-only`` evaluate, in one process of the job."""
-    cfg = setup(args)
+    with plain_errors():
+        cfg = setup(args)
     if args.eval_only:
         model = Trainer.build_model(cfg)
         checkpointer = Checkpointer(model, cfg.OUTPUT_DIR)
         resumed = args.resume and checkpointer.has_checkpoint()
-        checkpointer.load_complete(
-            checkpointer.get_checkpoint_file() if resumed else cfg.MODEL.WEIGHTS
-        )
+        with plain_errors():
+            checkpointer.load_complete(
+                checkpointer.get_checkpoint_file() if resumed else cfg.MODEL.WEIGHTS
+            )
         results = Trainer.test(cfg, model)
         if comm.is_main_process():
             verify_results(cfg, results)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from types import ModuleType
 
 MIN_PYTHON = (3, 10)
-MIN_TORCH = (2, 1)
+MIN_TORCH = (2, 4)
 
 UPSTREAM_INSTALL = (
     "pip install --no-build-isolation 'git+https://github.com/facebookresearch/detectron2.git'"

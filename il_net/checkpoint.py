@@ -63,8 +63,9 @@ class Checkpointer(DetectionCheckpointer):
         report = self.report
         if report.matched < min_matched * report.total:
             raise ValueError(
-                f"MODEL.WEIGHTS {path} fits {report.matched} of the model's {report.total} tensors, "
-                f"less than {min_matched:.0%}. Missing, e.g.: {', '.join(report.missing[:3])}; "
+                f"MODEL.WEIGHTS {path} fits {report.matched} of the model's {report.total} "
+                f"tensors, less than {min_matched:.0%}. "
+                f"Missing, e.g.: {', '.join(report.missing[:3])}; "
                 f"in the file only, e.g.: {', '.join(report.unexpected[:3]) or 'nothing'}. "
                 "Is this the configuration the weights were trained with?"
             )
@@ -78,7 +79,8 @@ class Checkpointer(DetectionCheckpointer):
     def _load_model(self, checkpoint: dict):
         incompatible = super()._load_model(checkpoint)
         names = set(self.model.state_dict())
-        missing = names & {*incompatible.missing_keys, *(k for k, *_ in incompatible.incorrect_shapes)}
+        misshapen = (name for name, *_ in incompatible.incorrect_shapes)
+        missing = names & {*incompatible.missing_keys, *misshapen}
         self.report = LoadReport(
             matched=len(names) - len(missing),
             total=len(names),

@@ -57,31 +57,36 @@ class Predictor:
         return self.model(inputs)[0]["instances"].to("cpu")
 
 
-def draw(image: np.ndarray, instances: Instances, classes: Sequence[str]) -> np.ndarray:
+def draw(
+    image: np.ndarray, instances: Instances, classes: Sequence[str], scale: float = 1.0
+) -> np.ndarray:
     """Boxes, masks, class names and scores over a picture, one colour per class.
 
     Args:
         image: (H, W, 3) uint8, BGR.
         instances: predictions (``pred_*``) in the picture's pixels.
         classes: names in the model's order.
+        scale: size of the drawing relative to the picture; small pictures need more than 1.
 
     Returns:
-        (H, W, 3) uint8, BGR.
+        (H * scale, W * scale, 3) uint8, BGR.
     """
-    visualizer = _visualizer(image, classes)
+    visualizer = _visualizer(image, classes, scale)
     return visualizer.draw_instance_predictions(instances).get_image()[:, :, ::-1]
 
 
-def draw_truth(image: np.ndarray, record: dict, classes: Sequence[str]) -> np.ndarray:
+def draw_truth(
+    image: np.ndarray, record: dict, classes: Sequence[str], scale: float = 1.0
+) -> np.ndarray:
     """Like :func:`draw` for a Detectron2 dataset dict with ``annotations``."""
-    return _visualizer(image, classes).draw_dataset_dict(record).get_image()[:, :, ::-1]
+    return _visualizer(image, classes, scale).draw_dataset_dict(record).get_image()[:, :, ::-1]
 
 
-def _visualizer(image: np.ndarray, classes: Sequence[str]) -> Visualizer:
+def _visualizer(image: np.ndarray, classes: Sequence[str], scale: float) -> Visualizer:
     palette = [tuple(int(c) for c in color) for color in class_colors(len(classes))]
     metadata = Metadata(thing_classes=list(classes), thing_colors=palette)
     rgb = convert_image_to_rgb(image, "BGR")
-    return Visualizer(rgb, metadata, instance_mode=ColorMode.SEGMENTATION)
+    return Visualizer(rgb, metadata, scale, instance_mode=ColorMode.SEGMENTATION)
 
 
 def class_colors(count: int) -> np.ndarray:

@@ -201,7 +201,9 @@ def _conv_relu(
     return nn.Sequential(conv, nn.ReLU())
 
 
-def build_roi_extractor(cfg: CfgNode, head: CfgNode, input_shape: dict[str, ShapeSpec]) -> nn.Module:
+def build_roi_extractor(
+    cfg: CfgNode, head: CfgNode, input_shape: dict[str, ShapeSpec]
+) -> RoIExtractor:
     """The extractor that ``head.EXTRACTOR`` names.
 
     Args:

@@ -335,6 +335,7 @@ class LoopROIHeads(ROIHeads):
             features = head.iterate(x, features)
             probabilities = probabilities + select_class(head.logits(features), classes).sigmoid()
         masks = (probabilities / len(order))[:, None]
-        for image, image_masks in zip(instances, masks.split([len(i) for i in instances]), strict=True):
+        per_image = masks.split([len(i) for i in instances])
+        for image, image_masks in zip(instances, per_image, strict=True):
             image.pred_masks = image_masks  # (R_i, 1, M, M), as Detectron2's mask heads give
         return instances

@@ -7,9 +7,11 @@ python tools/count_parameters.py --config-file FILE [KEY VALUE ...]
 import argparse
 
 from detectron2.modeling import build_model
+from torch import nn
 
 from il_net.config import load_config
 from il_net.data.datasets import register_datasets
+from il_net.errors import plain_errors
 from sbr_cnn import add_sbr_cnn_config
 
 
@@ -19,9 +21,10 @@ def main() -> None:
     parser.add_argument("--config-file", required=True, metavar="FILE")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs")
     args = parser.parse_args()
-    cfg = load_config(args.config_file, args.opts, add_sbr_cnn_config)
-    if cfg.MODEL.ROI_HEADS.NUM_CLASSES == 0:
-        register_datasets(cfg)
+    with plain_errors():
+        cfg = load_config(args.config_file, args.opts, add_sbr_cnn_config)
+        if cfg.MODEL.ROI_HEADS.NUM_CLASSES == 0:
+            register_datasets(cfg)
     cfg.MODEL.DEVICE = "cpu"
     model = build_model(cfg)
     for name, child in model.named_children():
@@ -29,7 +32,7 @@ def main() -> None:
     print(count_trainable(model))
 
 
-def count_trainable(module) -> int:
+def count_trainable(module: nn.Module) -> int:
     """Numbers in the parameters that require a gradient."""
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 

@@ -91,7 +91,7 @@ EDITS: tuple[Edit, ...] = (
          "tensor = torch.frombuffer(bytearray(buffer), dtype=torch.uint8)", 1,
          "torch warns that typed storages will be removed"),
     Edit("detectron2/engine/train_loop.py", r"from torch\.cuda\.amp import GradScaler\n",
-         'GradScaler = getattr(torch.amp, "GradScaler", torch.cuda.amp.GradScaler)\n', 1,
+         "from torch.amp import GradScaler\n", 1,
          "torch 2.4 moved it to torch.amp and warns about the old place"),
     Edit("detectron2/engine/train_loop.py",
          r"^ +from torch\.cuda\.amp import autocast\n((?:.*\n)+?)( +with )autocast\(\):",
@@ -198,7 +198,7 @@ def apply_edits(
             if n:
                 texts[path] = text
             found += n
-        if found != edit.count:
+        if found < edit.count:
             raise InstallError(
                 f"a compatibility edit no longer applies: {edit.files} ({len(files)} files)\n"
                 f"  looked for {edit.old!r}\n"
@@ -284,10 +284,6 @@ def install(sdist: Path | None, force: bool) -> str:
     problem = import_error("detectron2") if present else None
     if present and problem is None and not force:
         return "detectron2 can already be imported: kept as it is."
-    for module in ("torch", "torchvision", "setuptools", "pip"):
-        error = import_error(module)
-        if error is not None:
-            raise InstallError(f"{module} must be installed first; importing it says: {error}")
     if problem is not None and not force:
         raise InstallError(
             f"detectron2 is installed but cannot be imported: {problem}\n"
@@ -295,6 +291,10 @@ def install(sdist: Path | None, force: bool) -> str:
         )
     if sdist is not None and not sdist.is_file():
         raise InstallError(f"--sdist: there is no file {sdist}")
+    for module in ("torch", "torchvision", "setuptools", "pip"):
+        error = import_error(module)
+        if error is not None:
+            raise InstallError(f"{module} must be installed first; importing it says: {error}")
     with tempfile.TemporaryDirectory(prefix="detectron2-") as name:
         folder = Path(name)
         source = sdist or download(folder)

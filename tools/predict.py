@@ -5,8 +5,9 @@ python tools/predict.py --config-file F --input IMAGE|FOLDER|GLOB|VIDEO --output
     [--min-score S] [MODEL.WEIGHTS W]
 
 Writes one picture (or video) per input with what was found at --min-score or better, and
-detections.json, a COCO file with every detection the model keeps (MODEL.ROI_HEADS.SCORE_THRESH_TEST),
-masks run-length encoded. Exit code 1: some input could not be read; 2: nothing was done.
+detections.json, a COCO file with every detection that the model keeps (from
+MODEL.ROI_HEADS.SCORE_THRESH_TEST on), masks run-length encoded. Category ids are 1, 2, ... in the
+order of the model's classes. Exit code 1: a mistake, or some input could not be read.
 """
 
 import argparse

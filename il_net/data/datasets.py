@@ -52,7 +52,8 @@ def register_datasets(cfg: CfgNode) -> None:
     configuration only to test), every dataset keeps its own list.
 
     `MODEL.ROI_HEADS.NUM_CLASSES` 0 is replaced by the number of model classes. It is left alone
-    where `MODEL.META_ARCHITECTURE` has no RoI heads.
+    where `MODEL.META_ARCHITECTURE` has no RoI heads. `DATASETS.CLASSES` is set to the model's
+    list; when it was set before (the config.yaml of a run), the list must still be the same.
 
     Raises:
         ValueError: a wrong entry, a name that is taken or registered nowhere, class lists that do
@@ -66,7 +67,7 @@ def register_datasets(cfg: CfgNode) -> None:
     model = model_classes(train)
     if model:
         _check_test_and_foreign(train, test, model, sources)
-    _set_num_classes(cfg, model)
+    _set_classes(cfg, model)
     used = {*train, *test} if model else set()
     for name, source in sources.items():
         _register(name, source, model if name in used else source.class_names or ())
@@ -189,7 +190,15 @@ def _check_test_and_foreign(
             check(name, names, model, model_from, key=key)
 
 
-def _set_num_classes(cfg: CfgNode, model: ClassNames) -> None:
+def _set_classes(cfg: CfgNode, model: ClassNames) -> None:
+    declared = tuple(cfg.DATASETS.CLASSES)
+    if declared and model and declared != model:
+        raise ValueError(
+            f"DATASETS.CLASSES is {list(declared)}, but DATASETS.TRAIN has the classes "
+            f"{list(model)}. Leave it empty to take them from the data"
+        )
+    model = model or declared
+    cfg.DATASETS.CLASSES = model
     key = "MODEL.ROI_HEADS.NUM_CLASSES"
     configured = cfg.MODEL.ROI_HEADS.NUM_CLASSES
     if cfg.MODEL.META_ARCHITECTURE in _WITHOUT_ROI_HEADS:

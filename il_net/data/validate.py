@@ -48,7 +48,12 @@ def read_coco_json(json_file: str) -> dict[str, Any]:
 
 
 def validate_coco(
-    json_file: str, image_root: str, *, labeled: bool, scored: bool = False
+    json_file: str,
+    image_root: str,
+    *,
+    labeled: bool,
+    scored: bool = False,
+    masks: bool = False,
 ) -> Report:
     """Check one COCO file against its image folder.
 
@@ -57,7 +62,8 @@ def validate_coco(
     image files, file names that leave `image_root`, repeated image, annotation or category ids,
     repeated category names, unknown image or category ids, boxes that are not four finite numbers,
     boxes of negative size (Detectron2 mirrors them into real boxes), `ignore` flags,
-    annotations without an `area` (`scored` only: pycocotools stops there, after the training).
+    annotations without an `area` (`scored` only: pycocotools stops there, after the training),
+    objects without `segmentation` (`masks` only).
 
     Warnings, because Detectron2 handles them: boxes of zero size and boxes wholly outside the
     image (dropped), boxes that leave the image by more than 1 px (clipped), annotations
@@ -68,6 +74,7 @@ def validate_coco(
         image_root: the folder that `file_name` entries are relative to.
         labeled: whether the file is for training; a test file may lack annotations.
         scored: whether predictions will be compared with the file.
+        masks: whether masks will be trained on or compared.
 
     Returns:
         the counts and problems; mistakes in the data never raise.
@@ -99,6 +106,11 @@ def validate_coco(
         findings.add(
             "annotations without a number 'area', which COCO's metrics need",
             [_name(a) for a in annotations if type(a.get("area")) not in _NUMBERS],
+        )
+    if masks:
+        findings.add(
+            "objects without 'segmentation', which MODEL.MASK_ON needs",
+            [_name(a) for a in annotations if not a.get("segmentation")],
         )
     _check_references(annotations, images, categories, findings)
     _check_boxes(annotations, images, findings)
@@ -148,6 +160,7 @@ def validate_datasets(cfg: "CfgNode") -> None:
             image_root,
             labeled=name in cfg.DATASETS.TRAIN,
             scored=name in cfg.DATASETS.TEST,
+            masks=cfg.MODEL.MASK_ON,
         )
         text = f"dataset '{name}': {report.summary()}"
         logger.log(logging.WARNING if report.problems else logging.INFO, text)

@@ -13,6 +13,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_datas
 from detectron2.data.datasets import register_coco_instances
 from detectron2.structures import BoxMode
 
+from il_net.config import add_il_net_config
 from il_net.data import sources
 from il_net.data.class_lists import contiguous_ids, is_subsequence, model_classes
 from il_net.data.datasets import register_datasets
@@ -35,6 +36,7 @@ def _clean_catalogs(tmp_path, monkeypatch):
 
 def make_cfg(*entries: object, train=("train",), test=(), num_classes: int = 0) -> CfgNode:
     cfg = get_cfg()
+    add_il_net_config(cfg)
     cfg.DATASETS.REGISTER = list(entries)
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = train, test
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = num_classes

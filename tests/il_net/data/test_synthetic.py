@@ -148,7 +148,7 @@ def test_an_incomplete_set_is_drawn_again(tmp_path, damage):
 
 def test_an_interrupted_run_leaves_no_json(tmp_path, monkeypatch):
     made = generate(tmp_path, num_images=2, image_size=SIZE, seed=0)
-    render, calls = synthetic._render, []
+    render, calls = synthetic.render, []
 
     def fail_on_second(rng, size):
         calls.append(size)
@@ -156,7 +156,7 @@ def test_an_interrupted_run_leaves_no_json(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return render(rng, size)
 
-    monkeypatch.setattr(synthetic, "_render", fail_on_second)
+    monkeypatch.setattr(synthetic, "render", fail_on_second)
     with pytest.raises(KeyboardInterrupt):
         generate(tmp_path, num_images=3, image_size=SIZE, seed=1)
     assert not made.json.exists()

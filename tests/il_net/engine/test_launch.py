@@ -1,0 +1,150 @@
+"""Starting processes: two on the CPU by spawning, and under torchrun's environment."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("detectron2")
+
+import torch
+from detectron2.utils import comm
+
+from il_net.engine.launch import launch
+
+REPO = Path(__file__).parents[3]
+
+
+def record(folder: str) -> None:
+    """Write what this process knows of the job to ``folder/<rank>.json``."""
+    rank = comm.get_rank()
+    total = torch.tensor([float(rank + 1)])
+    if comm.get_world_size() > 1:
+        torch.distributed.all_reduce(total)
+    known = {
+        "pid": os.getpid(),
+        "world_size": comm.get_world_size(),
+        "local_rank": comm.get_local_rank(),
+        "local_size": comm.get_local_size(),
+        "gathered": comm.all_gather(f"rank {rank}"),
+        "sum": total.item(),
+        "backend": torch.distributed.get_backend() if comm.get_world_size() > 1 else None,
+    }
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(known))
+
+
+def fail_on_rank_1() -> None:
+    if comm.get_rank() == 1:
+        raise ValueError("no second half")
+
+
+def read(folder: Path) -> dict[int, dict]:
+    return {int(path.stem): json.loads(path.read_text()) for path in folder.glob("*.json")}
+
+
+@pytest.fixture(autouse=True)
+def _no_job_around_us(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_one_process_runs_here_without_a_group(tmp_path):
+    for count in (1, 0):  # Detectron2's --num-gpus 0 is a CPU run as well
+        launch(record, count, args=(str(tmp_path),))
+        (known,) = read(tmp_path).values()
+        assert known["pid"] == os.getpid()
+        assert known["world_size"] == known["local_size"] == 1
+        assert known["gathered"] == ["rank 0"]
+        assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="spawns gloo processes on the CPU")
+def test_two_processes(tmp_path):
+    launch(record, 2, args=(str(tmp_path),))
+    known = read(tmp_path)
+    assert sorted(known) == [0, 1]
+    assert len({known[0]["pid"], known[1]["pid"], os.getpid()}) == 3
+    for rank in (0, 1):
+        assert known[rank]["world_size"] == known[rank]["local_size"] == 2
+        assert known[rank]["local_rank"] == rank
+        assert known[rank]["gathered"] == ["rank 0", "rank 1"]
+        assert known[rank]["sum"] == 3.0
+        assert known[rank]["backend"] == "gloo"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="spawns gloo processes on the CPU")
+def test_an_error_in_one_process_reaches_the_caller():
+    with pytest.raises(Exception, match="no second half"):
+        launch(fail_on_rank_1, 2)
+
+
+def run_ranks(folder: Path, environments: list[dict], code: str) -> None:
+    """Run ``code`` once per environment at the same time and wait for all."""
+    base = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(folder)],
+            cwd=REPO,
+            env={**base, "PYTHONPATH": f"{REPO}{os.pathsep}{Path(__file__).parent}", **environment},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for environment in environments
+    ]
+    for process in processes:
+        _, errors = process.communicate(timeout=240)
+        assert process.returncode == 0, errors
+
+
+CODE = "import os, sys, test_launch; test_launch.launch(test_launch.record, {}, (sys.argv[1],))"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="gloo processes on the CPU")
+def test_two_machines_of_one_process_under_torchruns_environment(tmp_path):
+    """The other arguments are ignored: what torchrun says counts."""
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    environments = [{**common, **address, "RANK": str(rank)} for rank in (0, 1)]
+    run_ranks(tmp_path, environments, CODE.format("8, 4, 3, 'tcp://nowhere:1'"))
+    known = read(tmp_path)
+    assert sorted(known) == [0, 1]
+    for rank in (0, 1):
+        assert known[rank]["world_size"] == 2
+        assert known[rank]["local_rank"] == 0
+        assert known[rank]["local_size"] == 1
+        assert known[rank]["gathered"] == ["rank 0", "rank 1"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="gloo processes on the CPU")
+def test_two_machines_by_arguments(tmp_path):
+    """--num-machines 2 with one process each needs the address, and ranks follow the machine."""
+    url = f"tcp://127.0.0.1:{free_port()}"
+    code = CODE.format(f"1, 2, int(os.environ['MACHINE']), {url!r}")
+    run_ranks(tmp_path, [{"MACHINE": "0"}, {"MACHINE": "1"}], code)
+    known = read(tmp_path)
+    assert sorted(known) == [0, 1]
+    assert all(k["world_size"] == 2 and k["local_size"] == 1 for k in known.values())
+    assert all(k["local_rank"] == 0 for k in known.values())
+
+
+def test_several_machines_need_an_address():
+    with pytest.raises(ValueError, match="--dist-url"):
+        launch(record, 1, num_machines=2, dist_url="auto", args=("unused",))
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="--num-gpus 2: this machine has 1"):
+        launch(record, 2, args=("unused",))

@@ -1,0 +1,207 @@
+"""Reading a configuration: what is merged, and what a mistake in it is answered with."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("detectron2")
+
+import torch
+
+from il_net.config import load_config
+from sbr_cnn import add_sbr_cnn_config
+
+
+def write(folder: Path, text: str, name: str = "config.yaml") -> str:
+    path = folder / name
+    path.write_text(text)
+    return str(path)
+
+
+def test_defaults_without_a_file():
+    cfg = load_config("", [])
+    assert cfg.DATASETS.REGISTER == []
+    assert cfg.DATASETS.CLASSES == ()
+    assert cfg.SOLVER.AMP.DTYPE == "bf16"
+    assert not cfg.is_frozen()
+
+
+def test_bases_then_file_then_command_line(tmp_path):
+    write(tmp_path, "SOLVER: {BASE_LR: 0.5, MAX_ITER: 5, IMS_PER_BATCH: 5}", "base.yaml")
+    path = write(tmp_path, "_BASE_: base.yaml\nSOLVER: {MAX_ITER: 6, IMS_PER_BATCH: 6}")
+    cfg = load_config(path, ["SOLVER.IMS_PER_BATCH", "7"])
+    solver = cfg.SOLVER
+    assert (solver.BASE_LR, solver.MAX_ITER, solver.IMS_PER_BATCH) == (0.5, 6, 7)
+
+
+def test_further_keys_are_known_only_when_added(tmp_path):
+    path = write(tmp_path, "MODEL: {GROIE: {PRE: rect}}")
+    assert load_config(path, [], add_sbr_cnn_config).MODEL.GROIE.PRE == "rect"
+    with pytest.raises(ValueError, match="GROIE"):
+        load_config(path, [])
+
+
+def test_two_configurations_share_nothing():
+    first, second = load_config("", []), load_config("", [])
+    first.DATASETS.REGISTER.append({"name": "x"})
+    first.SOLVER.BASE_LR = 123.0
+    assert second.DATASETS.REGISTER == []
+    assert second.SOLVER.BASE_LR != 123.0
+
+
+# ---- mistakes ----
+
+
+def test_unknown_key_in_a_file_names_file_key_and_near_ones(tmp_path):
+    path = write(tmp_path, "SOLVER: {MAX_ITERS: 6}")
+    with pytest.raises(ValueError) as error:
+        load_config(path, [])
+    message = str(error.value)
+    assert path in message
+    assert "SOLVER.MAX_ITERS" in message
+    assert "Did you mean SOLVER.MAX_ITER" in message
+
+
+def test_unknown_key_on_the_command_line_names_near_ones():
+    with pytest.raises(ValueError) as error:
+        load_config("", ["SOLVER.MAX_ITERS", "6"])
+    message = str(error.value)
+    assert "command line" in message
+    assert "SOLVER.MAX_ITERS" in message
+    assert "Did you mean SOLVER.MAX_ITER" in message
+
+
+def test_unknown_key_without_a_like_one_has_no_hint(tmp_path):
+    path = write(tmp_path, "QQQ_ZZZ: 1")
+    with pytest.raises(ValueError, match="QQQ_ZZZ") as error:
+        load_config(path, [])
+    assert "Did you mean" not in str(error.value)
+
+
+def test_unknown_node_in_a_file_and_on_the_command_line(tmp_path):
+    with pytest.raises(ValueError, match="SOLVERS"):
+        load_config(write(tmp_path, "SOLVERS: {BASE_LR: 0.1}"), [])
+    with pytest.raises(ValueError, match=r"SOLVERS\.BASE_LR"):
+        load_config("", ["SOLVERS.BASE_LR", "0.1"])
+
+
+@pytest.mark.parametrize("value", ["many", "[1, 2]", "1.5"])
+def test_value_of_the_wrong_type_names_the_key(tmp_path, value):
+    with pytest.raises(ValueError, match="MAX_ITER"):
+        load_config(write(tmp_path, f"SOLVER: {{MAX_ITER: {value}}}"), [])
+    with pytest.raises(ValueError, match="MAX_ITER"):
+        load_config("", ["SOLVER.MAX_ITER", value])
+
+
+@pytest.mark.parametrize("opts", [["SOLVER.MAX_ITER"], ["SOLVER.MAX_ITER", "5", "--resume"]])
+def test_key_without_a_value(opts):
+    with pytest.raises(ValueError, match="KEY VALUE") as error:
+        load_config("", opts)
+    assert opts[-1] in str(error.value)
+
+
+def test_missing_file_is_named_with_the_option(tmp_path):
+    path = str(tmp_path / "nowhere.yaml")
+    with pytest.raises(FileNotFoundError, match="--config-file") as error:
+        load_config(path, [])
+    assert path in str(error.value)
+
+
+def test_missing_base_is_named_with_the_file_that_asks_for_it(tmp_path):
+    path = write(tmp_path, "_BASE_: gone.yaml")
+    with pytest.raises(FileNotFoundError) as error:
+        load_config(path, [])
+    assert path in str(error.value)
+    assert "gone.yaml" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param("", id="empty"),
+        pytest.param("just words", id="scalar"),
+        pytest.param("- a\n- b", id="list"),
+        pytest.param("SOLVER: [", id="broken YAML"),
+        pytest.param("DATASETS:", id="empty node"),
+        pytest.param("DATASETS: {TRAIN: }", id="missing name"),
+        pytest.param("DATASETS: {TRAIN: 2017}", id="name that YAML reads as a number"),
+    ],
+)
+def test_malformed_file_is_a_value_error_that_names_it(tmp_path, text):
+    path = write(tmp_path, text)
+    with pytest.raises(ValueError) as error:
+        load_config(path, [])
+    assert path in str(error.value)
+
+
+def test_folder_instead_of_a_file(tmp_path):
+    with pytest.raises((ValueError, OSError)) as error:
+        load_config(str(tmp_path), [])
+    assert str(tmp_path) in str(error.value)
+
+
+# ---- names of datasets ----
+
+
+@pytest.mark.parametrize("key", ["TRAIN", "TEST"])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("leaves", ("leaves",)),
+        ("'leaves'", ("leaves",)),
+        ("[leaves]", ("leaves",)),
+        ("[leaves, spots]", ("leaves", "spots")),
+        ("('leaves',)", ("leaves",)),
+        ("('leaves', 'spots')", ("leaves", "spots")),
+        ("[]", ()),
+        ("()", ()),
+        ("coffee-leaf.2017_train", ("coffee-leaf.2017_train",)),
+    ],
+)
+def test_names_in_a_file(tmp_path, key, text, expected):
+    cfg = load_config(write(tmp_path, f"DATASETS:\n  {key}: {text}\n"), [])
+    assert cfg.DATASETS[key] == expected
+
+
+@pytest.mark.parametrize("key", ["TRAIN", "TEST"])
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("leaves", ("leaves",)),
+        ("('leaves',)", ("leaves",)),
+        ("['leaves', 'spots']", ("leaves", "spots")),
+        ("()", ()),
+        ("coffee-leaf.2017_train", ("coffee-leaf.2017_train",)),
+        ("2017", ("2017",)),
+    ],
+)
+def test_names_on_the_command_line(key, value, expected):
+    opts = [f"DATASETS.{key}", value]
+    assert load_config("", opts).DATASETS[key] == expected
+    assert opts == [f"DATASETS.{key}", value]  # the caller's list stays as it is
+
+
+# ---- device ----
+
+
+def test_cpu_where_there_is_no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert load_config("", []).MODEL.DEVICE == "cpu"
+    assert load_config("", ["MODEL.DEVICE", "cuda"]).MODEL.DEVICE == "cpu"
+
+
+def test_gpu_where_there_is_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert load_config("", []).MODEL.DEVICE == "cuda"
+    assert load_config("", ["MODEL.DEVICE", "cpu"]).MODEL.DEVICE == "cpu"
+
+
+def test_config_of_a_run_can_be_read_again(tmp_path):
+    cfg = load_config("", ["DATASETS.TRAIN", "leaves"], add_sbr_cnn_config)
+    cfg.DATASETS.REGISTER = [{"name": "leaves", "type": "coco", "json": "a", "images": "b"}]
+    cfg.DATASETS.CLASSES = ("leaf", "spot")
+    path = write(tmp_path, cfg.dump())
+    again = load_config(path, [], add_sbr_cnn_config)
+    # YAML has no tuples inside lists, so the two are compared as JSON.
+    assert json.loads(json.dumps(again)) == json.loads(json.dumps(cfg))

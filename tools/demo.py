@@ -1,0 +1,75 @@
+#!/usr/bin/env python
+"""Generate leaf pictures, train a small R3-CNN with GRoIE on them, score it and draw what it finds.
+
+python tools/demo.py [KEY VALUE ...]      (what `make demo` runs; about ten minutes on two cores)
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+from detectron2.data import DatasetCatalog
+from detectron2.data.detection_utils import read_image
+
+from il_net.config import load_config
+from il_net.data.datasets import register_datasets
+from il_net.data.synthetic import generate
+from il_net.predict import Predictor, draw, draw_truth
+from sbr_cnn import add_sbr_cnn_config
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = ROOT / "configs" / "quickstart" / "demo.yaml"
+TRAIN_IMAGES, VAL_IMAGES, SEED = 400, 60, 1
+PICTURES = 8
+MIN_SCORE = 0.5
+DRAWING_SCALE = 2.0
+
+
+def main(opts: list[str]) -> None:
+    """Run the demo; ``opts`` are KEY VALUE pairs over ``configs/quickstart/demo.yaml``."""
+    data = Path(os.environ.setdefault("DETECTRON2_DATASETS", str(ROOT / "datasets")))
+    print(f"Generating {TRAIN_IMAGES} + {VAL_IMAGES} pictures in {data / 'synthetic'} ...")
+    for name, count in (("train", TRAIN_IMAGES), ("val", VAL_IMAGES)):
+        generate(data / "synthetic", num_images=count, seed=SEED, name=name)
+    command = ["train_net.py", "--config-file", str(CONFIG.relative_to(ROOT)), *opts]
+    print("Training:", " ".join(["python", *command]), flush=True)
+    subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+    output = Path(load_config(str(CONFIG), opts, add_sbr_cnn_config).OUTPUT_DIR)
+    pictures = compare(ROOT / output, PICTURES)
+    print(f"\nPredictions (left) beside the truth (right): {pictures}")
+    print(f"Metrics: {output / 'metrics.json'}; curves: tensorboard --logdir {output}")
+
+
+def compare(output: Path, count: int) -> Path:
+    """Draw predictions beside the truth for the first ``count`` validation pictures.
+
+    Args:
+        output: folder of a finished run.
+        count: number of pictures.
+
+    Returns:
+        The folder with the pictures.
+    """
+    weights = str(output / "model_final.pth")
+    cfg = load_config(str(output / "config.yaml"), ["MODEL.WEIGHTS", weights], add_sbr_cnn_config)
+    register_datasets(cfg)
+    predictor, classes = Predictor(cfg), cfg.DATASETS.CLASSES
+    folder = output / "pictures"
+    folder.mkdir(exist_ok=True)
+    for record in DatasetCatalog.get(cfg.DATASETS.TEST[0])[:count]:
+        image = read_image(record["file_name"], "BGR")
+        found = predictor(image)
+        found = found[found.scores >= MIN_SCORE]
+        pair = [
+            draw(image, found, classes, DRAWING_SCALE),
+            draw_truth(image, record, classes, DRAWING_SCALE),
+        ]
+        cv2.imwrite(str(folder / Path(record["file_name"]).name), np.hstack(pair))
+    return folder
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -198,7 +198,7 @@ def apply_edits(
             if n:
                 texts[path] = text
             found += n
-        if found < edit.count:
+        if found != edit.count:
             raise InstallError(
                 f"a compatibility edit no longer applies: {edit.files} ({len(files)} files)\n"
                 f"  looked for {edit.old!r}\n"

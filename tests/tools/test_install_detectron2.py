@@ -101,6 +101,13 @@ def test_edit_that_no_longer_applies_names_file_edit_and_counts(tmp_path: Path) 
     assert (tmp_path / "b.py").read_text() == "y = other\n"
 
 
+def test_edit_that_applies_too_often_stops(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("old\nold\n")
+    edits = (tool.Edit("a.py", "old", "new", 1, "the library dropped old"),)
+    with pytest.raises(tool.InstallError, match="expected 1 places, found 2"):
+        tool.apply_edits(tmp_path, edits)
+
+
 def test_edit_of_a_missing_file_stops(tmp_path: Path) -> None:
     edits = (tool.Edit("gone.py", "x", "y", 1, "needed"),)
     with pytest.raises(tool.InstallError, match=r"gone\.py \(0 files\)"):

@@ -1,0 +1,285 @@
+"""COCO metrics on hand-made pictures whose precision can be worked out on paper."""
+
+import json
+import logging
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("detectron2")
+
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import Boxes, Instances
+
+from il_net.config import load_config
+from il_net.data.datasets import register_datasets
+from il_net.evaluation.build import build_evaluator
+from il_net.evaluation.coco import COCOEvaluator
+
+SIDE = 200
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+
+
+@pytest.fixture(autouse=True)
+def _clean_catalogs(tmp_path, monkeypatch):
+    """Relative paths are under tmp_path; what a test registers is gone after it."""
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    before = set(DatasetCatalog)
+    yield
+    for name in set(DatasetCatalog) - before:
+        DatasetCatalog.pop(name)
+        MetadataCatalog.pop(name, None)
+
+
+def rectangle(x: float, y: float, w: float, h: float) -> list[list[float]]:
+    return [[x, y, x + w, y, x + w, y + h, x, y + h]]
+
+
+def write(folder: Path, name: str, categories: dict[int, str], truths: dict[int, list]) -> dict:
+    """A COCO file of pictures of 200 x 200 px; ``truths`` are {image: [(category, box)]}.
+
+    Returns its entry for ``DATASETS.REGISTER``.
+    """
+    (folder / "pictures").mkdir(exist_ok=True)
+    for image_id in truths:
+        (folder / "pictures" / f"{image_id}.jpg").touch()
+    rows = [(i, c, b) for i, marks in truths.items() for c, b in marks]
+    data = {
+        "images": [
+            {"id": i, "file_name": f"{i}.jpg", "width": SIDE, "height": SIDE} for i in truths
+        ],
+        "annotations": [
+            {
+                "id": number,
+                "image_id": image_id,
+                "category_id": category,
+                "bbox": list(box),
+                "area": box[2] * box[3],
+                "iscrowd": 0,
+                "segmentation": rectangle(*box),
+            }
+            for number, (image_id, category, box) in enumerate(rows, 1)
+        ],
+        "categories": [{"id": c, "name": n} for c, n in categories.items()],
+    }
+    (folder / f"{name}.json").write_text(json.dumps(data))
+    return {"name": name, "type": "coco", "json": f"{name}.json", "images": "pictures"}
+
+
+def register(*entries: dict, train: str, test: str):
+    cfg = load_config("", ["DATASETS.TRAIN", train, "DATASETS.TEST", test])
+    cfg.DATASETS.REGISTER = list(entries)
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 0
+    register_datasets(cfg)
+    return cfg
+
+
+def predict(rows: list[tuple[int, tuple, float]]) -> Instances:
+    """Predictions (class index, x-y-width-height box, score) with filled rectangles as masks."""
+    instances = Instances((SIDE, SIDE))
+    boxes = torch.tensor([[x, y, x + w, y + h] for _, (x, y, w, h), _ in rows]).reshape(-1, 4)
+    instances.pred_boxes = Boxes(boxes.float())
+    instances.pred_classes = torch.tensor([c for c, _, _ in rows], dtype=torch.int64)
+    instances.scores = torch.tensor([s for _, _, s in rows], dtype=torch.float32)
+    masks = np.zeros((len(rows), SIDE, SIDE), dtype=bool)
+    for mask, (_, (x, y, w, h), _) in zip(masks, rows, strict=True):
+        mask[int(y) : int(y + h), int(x) : int(x + w)] = True
+    instances.pred_masks = torch.as_tensor(masks)
+    return instances
+
+
+def evaluate(evaluator: COCOEvaluator, predictions: dict[int, list]) -> dict[str, dict]:
+    evaluator.reset()
+    for image_id, rows in predictions.items():
+        evaluator.process([{"image_id": image_id}], [{"instances": predict(rows)}])
+    return evaluator.evaluate()
+
+
+CATEGORIES = {1: "leaf", 2: "rust", 3: "blight"}
+# One leaf of 100 x 100 (large: above 96 x 96), two rusts and a blight of 50 x 50 (medium).
+TRUTHS = {
+    1: [(1, (10, 10, 100, 100)), (2, (120, 120, 50, 50))],
+    2: [(2, (20, 20, 50, 50)), (3, (100, 20, 50, 50))],
+}
+
+
+def as_predictions(truths: dict[int, list], class_of: dict[int, int], score: float = 0.9) -> dict:
+    return {i: [(class_of[c], b, score) for c, b in marks] for i, marks in truths.items()}
+
+
+@pytest.mark.parametrize("ids", [(1, 2, 3), (3, 7, 90)], ids=["ids 1 2 3", "gaps in the ids"])
+def test_perfect_predictions(tmp_path, ids):
+    renumber = dict(zip((1, 2, 3), ids, strict=True))
+    categories = {renumber[c]: name for c, name in CATEGORIES.items()}
+    truths = {i: [(renumber[c], b) for c, b in marks] for i, marks in TRUTHS.items()}
+    entry = write(tmp_path, "val", categories, truths)
+    cfg = register(entry, train="val", test="val")
+    cfg.OUTPUT_DIR = str(tmp_path / "out")
+    evaluator = build_evaluator(cfg, "val")
+    class_of = {category: index for index, category in enumerate(ids)}
+    results = evaluate(evaluator, as_predictions(truths, class_of))
+    assert set(results) == {"bbox", "segm"}
+    for metrics in results.values():
+        for name in ("leaf", "rust", "blight"):
+            assert metrics[f"AP-{name}"] == pytest.approx(100)
+            assert metrics[f"AP50-{name}"] == pytest.approx(100)
+        for name in ("AP", "AP50", "AP75", "APm", "APl"):
+            assert metrics[name] == pytest.approx(100)
+        assert math.isnan(metrics["APs"])  # there is no small object
+    # The predictions are written with the ids of the file.
+    written = tmp_path / "out" / "inference" / "val" / "coco_instances_results.json"
+    assert sorted(r["category_id"] for r in json.loads(written.read_text())) == sorted(
+        renumber[c] for marks in TRUTHS.values() for c, _ in marks
+    )
+
+
+def test_one_false_positive_above_a_true_positive(tmp_path):
+    """Class rust has two truths; its ranking is false (0.9), true (0.8), true (0.7).
+
+    Precision after each true positive is 1/2 at recall 1/2 and 2/3 at recall 1. COCO takes at each
+    of the 101 recalls the best precision further right: 2/3 everywhere. So AP = AP50 = 66.7 for
+    rust, 100 for the other two, and the mean is (100 + 100 + 66.7) / 3 = 88.9.
+    """
+    register(write(tmp_path, "val", CATEGORIES, TRUTHS), train="val", test="val")
+    predictions = {
+        1: [(0, (10, 10, 100, 100), 0.9), (1, (150, 0, 40, 40), 0.9), (1, (120, 120, 50, 50), 0.8)],
+        2: [(1, (20, 20, 50, 50), 0.7), (2, (100, 20, 50, 50), 0.9)],
+    }
+    results = evaluate(COCOEvaluator("val", output_dir=str(tmp_path)), predictions)
+    for metrics in results.values():
+        assert metrics["AP-rust"] == pytest.approx(200 / 3)
+        assert metrics["AP50-rust"] == pytest.approx(200 / 3)
+        assert metrics["AP-leaf"] == metrics["AP-blight"] == pytest.approx(100)
+        assert metrics["AP"] == pytest.approx(800 / 9)
+        assert metrics["AP50"] == pytest.approx(800 / 9)
+
+
+def test_false_positive_between_two_true_positives(tmp_path):
+    """True (0.9), false (0.8), true (0.7): precision 1 up to recall 1/2, then 2/3.
+
+    Of the 101 recalls 0, 0.01, ..., 1 those up to 0.5 are 51: (51 + 50 * 2/3) / 101 = 83.5.
+    """
+    register(write(tmp_path, "val", CATEGORIES, TRUTHS), train="val", test="val")
+    rows = {
+        1: [(1, (120, 120, 50, 50), 0.9), (1, (150, 0, 40, 40), 0.8)],
+        2: [(1, (20, 20, 50, 50), 0.7)],
+    }
+    results = evaluate(COCOEvaluator("val", output_dir=str(tmp_path)), rows)
+    for metrics in results.values():
+        assert metrics["AP50-rust"] == pytest.approx(100 * (51 + 50 * 2 / 3) / 101)
+        # Nothing found of the others: zero, not missing.
+        assert metrics["AP-leaf"] == metrics["AP-blight"] == 0.0
+
+
+def test_shifted_box_counts_up_to_its_iou(tmp_path):
+    """Leaf 100 x 100 found 20 px too far right: IoU = 80 / 120 = 0.667.
+
+    True at the thresholds 0.5, 0.55, 0.6 and 0.65, false at the other six: AP 40, AP50 100, AP75 0.
+    """
+    register(write(tmp_path, "val", {1: "leaf"}, {1: TRUTHS[1][:1]}), train="val", test="val")
+    results = evaluate(
+        COCOEvaluator("val", output_dir=str(tmp_path)), {1: [(0, (30, 10, 100, 100), 0.9)]}
+    )
+    for metrics in results.values():
+        assert metrics["AP-leaf"] == metrics["AP"] == pytest.approx(40)
+        assert metrics["AP50-leaf"] == metrics["AP50"] == pytest.approx(100)
+        assert metrics["AP75"] == 0.0
+
+
+def test_file_under_test_without_the_middle_class(tmp_path, caplog):
+    """The model knows leaf, rust, blight; the test file has leaf and blight, numbered 1 and 2."""
+    truths = {1: [(1, (10, 10, 100, 100)), (2, (120, 120, 50, 50))]}
+    register(
+        write(tmp_path, "train", CATEGORIES, TRUTHS),
+        write(tmp_path, "val", {1: "leaf", 2: "blight"}, truths),
+        train="train",
+        test="val",
+    )
+    evaluator = COCOEvaluator("val", output_dir=str(tmp_path / "out"))
+    # Class 1, rust, is found as well: there is no truth for it, so it does not count.
+    rows = [
+        (0, (10, 10, 100, 100), 0.9),
+        (1, (20, 20, 50, 50), 0.9),
+        (2, (120, 120, 50, 50), 0.9),
+    ]
+    with caplog.at_level(logging.INFO, logger="il_net.evaluation.coco"):
+        results = evaluate(evaluator, {1: rows})
+    for metrics in results.values():
+        assert metrics["AP"] == pytest.approx(100)
+        assert metrics["AP-leaf"] == metrics["AP-blight"] == pytest.approx(100)
+        assert {name for name in metrics if "-" in name} == {
+            "AP-leaf",
+            "AP50-leaf",
+            "AP-blight",
+            "AP50-blight",
+        }
+    tables = [r.getMessage() for r in caplog.records if "Per-class" in r.getMessage()]
+    assert len(tables) == 2
+    assert all("leaf" in t and "blight" in t and "rust" not in t for t in tables)
+
+
+def test_confused_classes_score_nothing(tmp_path):
+    register(write(tmp_path, "val", CATEGORIES, TRUTHS), train="val", test="val")
+    wrong = as_predictions(TRUTHS, {1: 1, 2: 2, 3: 0})
+    results = evaluate(COCOEvaluator("val", output_dir=str(tmp_path)), wrong)
+    assert results["bbox"]["AP"] == results["segm"]["AP"] == 0.0
+
+
+def test_class_of_the_file_without_an_instance_is_not_in_the_mean(tmp_path):
+    truths = {1: TRUTHS[1]}  # no blight
+    register(write(tmp_path, "val", CATEGORIES, truths), train="val", test="val")
+    results = evaluate(
+        COCOEvaluator("val", output_dir=str(tmp_path)), as_predictions(truths, {1: 0, 2: 1})
+    )
+    assert results["bbox"]["AP"] == pytest.approx(100)
+    assert math.isnan(results["bbox"]["AP-blight"])
+    assert math.isnan(results["bbox"]["AP50-blight"])
+
+
+def test_per_class_table_shows_instances(tmp_path, caplog):
+    register(write(tmp_path, "val", CATEGORIES, TRUTHS), train="val", test="val")
+    with caplog.at_level(logging.INFO, logger="il_net.evaluation.coco"):
+        evaluate(
+            COCOEvaluator("val", output_dir=str(tmp_path)),
+            as_predictions(TRUTHS, {1: 0, 2: 1, 3: 2}),
+        )
+    table = next(r.getMessage() for r in caplog.records if "bbox" in r.getMessage())
+    rows = [[c.strip() for c in line.split("|")[1:-1]] for line in table.splitlines()[3:]]
+    assert rows == [
+        ["leaf", "100.00", "100.00", "1"],
+        ["rust", "100.00", "100.00", "2"],
+        ["blight", "100.00", "100.00", "1"],
+    ]
+
+
+def test_no_predictions_give_nan(tmp_path):
+    register(write(tmp_path, "val", CATEGORIES, TRUTHS), train="val", test="val")
+    results = evaluate(COCOEvaluator("val", output_dir=str(tmp_path)), {1: [], 2: []})
+    assert set(results["bbox"]) >= set(METRICS)
+    assert all(math.isnan(value) for value in results["bbox"].values())
+
+
+def test_one_class_has_its_row_too(tmp_path):
+    """Detectron2 leaves the per-class table out for a single class."""
+    register(
+        write(tmp_path, "val", {5: "leaf"}, {1: [(5, (0, 0, 50, 50))]}), train="val", test="val"
+    )
+    results = evaluate(
+        COCOEvaluator("val", output_dir=str(tmp_path)), {1: [(0, (0, 0, 50, 50), 0.9)]}
+    )
+    assert results["bbox"]["AP-leaf"] == pytest.approx(100)
+
+
+# ---- which evaluator ----
+
+
+def test_other_kinds_of_truth_are_refused_by_name(tmp_path):
+    MetadataCatalog.get("made_up_lvis").set(evaluator_type="lvis")
+    try:
+        with pytest.raises(ValueError, match=r"DATASETS\.TEST: made_up_lvis .*'lvis'"):
+            build_evaluator(load_config("", []), "made_up_lvis")
+    finally:
+        MetadataCatalog.pop("made_up_lvis")

@@ -21,7 +21,7 @@ from il_net.checkpoint import Checkpointer  # noqa: E402
 from il_net.config import load_config  # noqa: E402
 from il_net.data.datasets import register_datasets  # noqa: E402
 from il_net.data.validate import validate_datasets  # noqa: E402
-from il_net.engine.launch import launch  # noqa: E402
+from il_net.engine.launch import choose_url, launch  # noqa: E402
 from il_net.engine.trainer import Trainer  # noqa: E402
 from il_net.errors import plain_errors  # noqa: E402
 from sbr_cnn import add_sbr_cnn_config  # noqa: E402
@@ -47,10 +47,10 @@ def main(args: argparse.Namespace) -> dict | None:
     with plain_errors():
         cfg = setup(args)
     if args.eval_only:
-        model = Trainer.build_model(cfg)
-        checkpointer = Checkpointer(model, cfg.OUTPUT_DIR)
-        resumed = args.resume and checkpointer.has_checkpoint()
         with plain_errors():
+            model = Trainer.build_model(cfg)
+            checkpointer = Checkpointer(model, cfg.OUTPUT_DIR)
+            resumed = args.resume and checkpointer.has_checkpoint()
             checkpointer.load_complete(
                 checkpointer.get_checkpoint_file() if resumed else cfg.MODEL.WEIGHTS
             )
@@ -58,15 +58,20 @@ def main(args: argparse.Namespace) -> dict | None:
         if comm.is_main_process():
             verify_results(cfg, results)
         return results
-    trainer = Trainer(cfg)
-    trainer.resume_or_load(resume=args.resume)
+    with plain_errors():
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(resume=args.resume)
     return trainer.train()
 
 
 def invoke_main() -> None:
     """Parse the command line and start the processes of this machine."""
-    args = default_argument_parser().parse_args()
-    launch(main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, (args,))
+    parser = default_argument_parser()
+    parser.set_defaults(dist_url="auto")  # a free port: two runs of one user don't collide
+    args = parser.parse_args()
+    with plain_errors():
+        url = choose_url(args.num_gpus, args.num_machines, args.dist_url)
+    launch(main, args.num_gpus, args.num_machines, args.machine_rank, url, (args,))
 
 
 if __name__ == "__main__":

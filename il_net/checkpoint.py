@@ -2,6 +2,7 @@
 
 import logging
 import os
+import pickle
 import re
 from dataclasses import dataclass
 
@@ -71,7 +72,10 @@ class Checkpointer(DetectionCheckpointer):
             )
 
     def _load_file(self, filename: str) -> dict:
-        loaded = super()._load_file(filename)
+        try:
+            loaded = super()._load_file(filename)
+        except (pickle.UnpicklingError, RuntimeError, LookupError, EOFError, ValueError) as error:
+            raise ValueError(f"MODEL.WEIGHTS: {filename} can't be read: {error}") from error
         if "_conv_stem.weight" in loaded["model"]:  # the package's own names
             loaded["model"] = lite0_to_timm(loaded["model"], self.model.state_dict())
         return loaded
@@ -118,17 +122,24 @@ def lite0_to_timm(source: dict[str, Tensor], model: dict[str, Tensor]) -> dict[s
         The renamed tensors, without what the model has no place for (the classifier).
 
     Raises:
-        ValueError: the model holds no such backbone.
+        ValueError: the model holds no such backbone, or another network of the family.
     """
-    stems = [name for name in model if name.endswith("conv_stem.weight")]
-    if len(stems) != 1:
+    prefixes = [n.removesuffix("conv_stem.weight") for n in model if n.endswith("conv_stem.weight")]
+    if len(prefixes) != 1:
         raise ValueError(
             f"MODEL.WEIGHTS {LITE0_WEIGHTS} needs a model with one tf_efficientnet_lite0 backbone "
-            f"(MODEL.TIMM.NAME), this one has {len(stems)}"
+            f"(MODEL.TIMM.NAME), this one has {len(prefixes)}"
         )
-    prefix = stems[0].removesuffix("conv_stem.weight")
-    renamed = {prefix + _timm_name(name): tensor for name, tensor in source.items()}
-    return {name: tensor for name, tensor in renamed.items() if name in model}
+    renamed = {prefixes[0] + _timm_name(name): tensor for name, tensor in source.items()}
+    wanted = [name for name in model if name.startswith(prefixes[0])]
+    unfit = [n for n in wanted if n not in renamed or renamed[n].shape != model[n].shape]
+    if unfit:
+        raise ValueError(
+            f"MODEL.WEIGHTS {LITE0_WEIGHTS} belong to MODEL.TIMM.NAME tf_efficientnet_lite0; "
+            f"{len(unfit)} of this backbone's {len(wanted)} tensors have no counterpart, "
+            f"e.g. {unfit[0]}"
+        )
+    return {name: renamed[name] for name in wanted}
 
 
 def _timm_name(name: str) -> str:

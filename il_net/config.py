@@ -1,10 +1,12 @@
 """Configuration keys of ``il_net`` and the one way a configuration is read."""
 
 import difflib
+import re
 from ast import literal_eval
 from collections.abc import Callable, Iterator
 
 import torch
+import yaml
 from detectron2.config import CfgNode, get_cfg
 
 # Keys that take a tuple of names and accept a single plain name as well.
@@ -48,37 +50,50 @@ def load_config(
     for add in (add_il_net_config, *add_keys):
         add(cfg)
     if config_file:
-        try:
-            loaded = CfgNode.load_yaml_with_base(config_file)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"--config-file {config_file}: {error}") from error
+        loaded = _read_yaml(config_file)
         datasets = loaded.get("DATASETS", {})
         for key in _NAME_TUPLES:
             if key in datasets:
-                datasets[key] = _as_name_tuple(datasets[key])
+                datasets[key] = _as_name_tuple(datasets[key], f"{config_file}: DATASETS.{key}")
         _merge(cfg, lambda: cfg.merge_from_other_cfg(CfgNode(loaded)), config_file)
     if len(opts) % 2:
         raise ValueError(f"The command line needs KEY VALUE pairs, got {opts}")
     opts = list(opts)
     for i, key in enumerate(opts[::2]):
         if key in {f"DATASETS.{name}" for name in _NAME_TUPLES}:
-            opts[2 * i + 1] = _as_name_tuple(opts[2 * i + 1])
+            opts[2 * i + 1] = _as_name_tuple(_literal(opts[2 * i + 1]), f"command line: {key}")
     _merge(cfg, lambda: cfg.merge_from_list(opts), "command line")
     if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     return cfg
 
 
+def _read_yaml(config_file: str) -> dict:
+    try:
+        loaded = CfgNode.load_yaml_with_base(config_file)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"--config-file {config_file}: {error}") from error
+    except (yaml.YAMLError, AttributeError, TypeError) as error:
+        raise ValueError(f"--config-file {config_file} is not a YAML mapping: {error}") from error
+    nodes = (loaded, *(loaded.values() if isinstance(loaded, dict) else ()))
+    if not isinstance(loaded, dict) or None in nodes:
+        raise ValueError(f"--config-file {config_file} is not a mapping of keys, or one is empty")
+    return loaded
+
+
 def _merge(cfg: CfgNode, merge: Callable[[], None], source: str) -> None:
     try:
         merge()
-    except KeyError as error:
-        key = str(error.args[0]).rsplit(" ", 1)[-1]
-        near = difflib.get_close_matches(key, list(_keys(cfg)), n=3, cutoff=0.7)
+    except (KeyError, ValueError, AssertionError, AttributeError, TypeError) as error:
+        text = str(error.args[0]) if error.args else repr(error)
+        unknown = re.fullmatch(r"Non-existent (?:config )?key: (\S+)", text)
+        if not unknown:
+            raise ValueError(f"{source}: {text}") from error
+        near = difflib.get_close_matches(unknown[1], list(_keys(cfg)), n=3, cutoff=0.7)
         hint = f" Did you mean {' or '.join(near)}?" if near else ""
-        raise ValueError(f"{source}: there is no configuration key {key}.{hint}") from error
-    except (ValueError, AssertionError) as error:
-        raise ValueError(f"{source}: {error}") from error
+        raise ValueError(
+            f"{source}: there is no configuration key {unknown[1]}.{hint}"
+        ) from error
 
 
 def _keys(node: CfgNode, prefix: str = "") -> Iterator[str]:
@@ -89,10 +104,18 @@ def _keys(node: CfgNode, prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{key}"
 
 
-def _as_name_tuple(value: str | list | tuple) -> tuple[str, ...]:
+def _literal(text: str) -> str | tuple | list:
+    try:
+        value = literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+    return value if isinstance(value, (tuple, list)) else text
+
+
+def _as_name_tuple(value: str | list | tuple, key: str) -> tuple[str, ...]:
     if isinstance(value, str):
-        try:
-            value = literal_eval(value)
-        except (ValueError, SyntaxError):
-            return (value,)
-    return (value,) if isinstance(value, str) else tuple(value)
+        value = _literal(value)
+    names = (value,) if isinstance(value, str) else value
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{key} is a name or a list of names, got {value!r}")
+    return tuple(names)

@@ -121,24 +121,34 @@ def to_coco(instances: Instances, image_id: int) -> list[dict]:
     return records
 
 
-def find_inputs(pattern: str) -> list[Path]:
+def find_inputs(pattern: str, output: Path) -> list[Path]:
     """Pictures and videos that a file, folder (searched to the bottom) or glob names, sorted.
+
+    Args:
+        pattern: a file (of any ending), a folder or a glob.
+        output: where results will go; what lies there is no input.
 
     Raises:
         FileNotFoundError: nothing there.
+        ValueError: the results would replace the inputs.
     """
-    path = Path(pattern).expanduser()
-    suffixes = IMAGE_SUFFIXES | VIDEO_SUFFIXES
+    path, output = Path(pattern).expanduser(), output.resolve()
     if path.is_file():
         found = [path]
     elif path.is_dir():
-        found = [p for p in path.rglob("*") if p.suffix.lower() in suffixes]
+        found = list(path.rglob("*"))
     else:
         anchor = Path(path.anchor) if path.anchor else Path()
-        found = [p for p in anchor.glob(str(path.relative_to(path.anchor))) if p.is_file()]
+        found = list(anchor.glob(str(path.relative_to(path.anchor))))
+    if not path.is_file():
+        suffixes = IMAGE_SUFFIXES | VIDEO_SUFFIXES
+        found = [p for p in found if p.is_file() and p.suffix.lower() in suffixes]
     if not found:
         raise FileNotFoundError(f"--input {pattern}: no picture or video there")
-    return sorted(found)
+    folder = path if path.is_dir() else None
+    if any(output == (folder or p.parent).resolve() for p in found):
+        raise ValueError(f"--output {output} is the folder of --input: it would be overwritten")
+    return sorted(p for p in found if folder is None or output not in p.resolve().parents)
 
 
 def read_frames(path: Path) -> Iterator[np.ndarray]:

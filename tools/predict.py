@@ -62,7 +62,7 @@ class Writer:
         drawn = self.detect(read_image(str(source), "BGR"), name.as_posix())
         target = self.output / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        if not cv2.imwrite(str(target.with_suffix(".jpg")), drawn):
+        if not cv2.imwrite(str(target), drawn):
             raise OSError(f"{target} can't be written")
 
     def video(self, source: Path, name: Path) -> None:
@@ -71,15 +71,18 @@ class Writer:
         target = (self.output / name).with_suffix(".mp4")
         target.parent.mkdir(parents=True, exist_ok=True)
         video = None
-        for number, frame in enumerate(read_frames(source)):
-            drawn = self.detect(frame, f"{name.as_posix()}#{number}")
-            if video is None:
-                size = drawn.shape[1::-1]
-                video = cv2.VideoWriter(str(target), cv2.VideoWriter.fourcc(*"mp4v"), rate, size)
-            video.write(np.ascontiguousarray(drawn))
+        try:
+            for number, frame in enumerate(read_frames(source)):
+                drawn = self.detect(frame, f"{name.as_posix()}#{number}")
+                if video is None:
+                    code, size = cv2.VideoWriter.fourcc(*"mp4v"), drawn.shape[1::-1]
+                    video = cv2.VideoWriter(str(target), code, rate, size)
+                video.write(np.ascontiguousarray(drawn))
+        finally:
+            if video is not None:
+                video.release()
         if video is None:
             raise ValueError(f"{source} holds no frame")
-        video.release()
 
     def save(self) -> None:
         """Write ``detections.json``."""
@@ -105,7 +108,7 @@ def main() -> int:
     args = parser.parse_args()
     setup_logger(name="il_net")
     with plain_errors():
-        inputs = find_inputs(args.input)
+        inputs = find_inputs(args.input, args.output)
         cfg = load_config(args.config_file, args.opts, add_sbr_cnn_config)
         if not cfg.DATASETS.CLASSES:
             register_datasets(cfg)

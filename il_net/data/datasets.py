@@ -15,8 +15,8 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from il_net.data.class_lists import ClassNames, check_equal, check_fits, model_classes
-from il_net.data.sources import CocoSource, ImagesSource, Source, VocSource
+from .class_lists import ClassNames, check_equal, check_fits, model_classes
+from .sources import CocoSource, ImagesSource, Source, VocSource
 
 logger = logging.getLogger(__name__)
 

@@ -324,7 +324,9 @@ def _develop(rng: np.random.Generator, image: np.ndarray, size: tuple[int, int])
     return np.clip(image, 0, 255).astype(np.uint8)
 
 
-def render(rng: np.random.Generator, size: tuple[int, int]):
+def render(
+    rng: np.random.Generator, size: tuple[int, int]
+) -> tuple[np.ndarray, list[tuple[int, np.ndarray]]]:
     """One picture (H, W, 3) uint8 and its (category, visible mask (h, w)) pairs, leaves first."""
     shape, unit = (size[0] * SUPERSAMPLE, size[1] * SUPERSAMPLE), SUPERSAMPLE * min(size) / 192
     owner = np.full(shape, -1, np.int16)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from il_net.data.report import Findings, Report
+from .report import Findings, Report
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode

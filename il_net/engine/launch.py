@@ -4,6 +4,7 @@ Detectron2 0.6's own ``launch`` insists on CUDA and knows nothing of torchrun.
 """
 
 import os
+import socket
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -26,8 +27,8 @@ def launch(
 ) -> None:
     """Run ``main(*args)`` in every process of the job.
 
-    Under torchrun (``RANK`` and ``WORLD_SIZE`` are set) this process is one of the job and the
-    other arguments are ignored. CUDA uses NCCL, a machine without GPU gloo.
+    Under torchrun (``RANK``, ``WORLD_SIZE`` and ``LOCAL_RANK`` are set) this process is one of the
+    job and the other arguments are ignored. CUDA uses NCCL, a machine without GPU gloo.
 
     Args:
         main: what to run; picklable.
@@ -37,26 +38,42 @@ def launch(
         args: arguments of ``main``.
 
     Raises:
-        ValueError: more processes than GPUs, or "auto" with several machines.
+        ValueError: see :func:`choose_url`.
     """
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+    if {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys():
         local_rank = int(os.environ["LOCAL_RANK"])
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
         _run(local_rank, local_size, "env://", main, args)
         return
-    gpus = torch.cuda.device_count()
-    if gpus and num_processes > gpus:
-        raise ValueError(f"--num-gpus {num_processes}: this machine has {gpus} GPUs")
+    dist_url = choose_url(num_processes, num_machines, dist_url)
     world_size = num_processes * num_machines
     if world_size <= 1:
         main(*args)
         return
-    if dist_url == "auto":
-        if num_machines > 1:
-            raise ValueError("--dist-url is needed with --num-machines above 1: tcp://HOST:PORT")
-        dist_url = f"tcp://127.0.0.1:{_free_port()}"
     spawned = (num_processes, world_size, machine_rank, dist_url, main, args)
-    mp.spawn(_spawned, nprocs=num_processes, args=spawned)
+    try:
+        mp.spawn(_spawned, nprocs=num_processes, args=spawned)
+    except mp.ProcessExitedException as error:
+        # The process has said why it ended (a user's mistake, a signal); a traceback adds nothing.
+        raise SystemExit(f"error: {error}") from error
+
+
+def choose_url(num_processes: int, num_machines: int, dist_url: str) -> str:
+    """Check the size of a job that is not under torchrun and replace "auto" by a free port.
+
+    Raises:
+        ValueError: more processes than GPUs, or "auto" with several machines.
+    """
+    gpus = torch.cuda.device_count()
+    if gpus and num_processes > gpus:
+        raise ValueError(f"--num-gpus {num_processes}: this machine has {gpus} GPUs")
+    if dist_url != "auto":
+        return dist_url
+    if num_machines > 1:
+        raise ValueError("--dist-url is needed with --num-machines above 1: tcp://HOST:PORT")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
 
 
 def _spawned(
@@ -87,6 +104,7 @@ def _run(
         main(*args)
     finally:
         dist.destroy_process_group()
+        comm._LOCAL_PROCESS_GROUP = None  # a gloo group that outlives the others aborts at exit
 
 
 def _create_local_group(local_size: int) -> None:
@@ -99,11 +117,3 @@ def _create_local_group(local_size: int) -> None:
         group = dist.new_group(ranks)
         if dist.get_rank() in ranks:
             comm._LOCAL_PROCESS_GROUP = group
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -3,6 +3,7 @@
 import logging
 import time
 import weakref
+from collections.abc import Iterable
 
 import torch
 from detectron2.config import CfgNode
@@ -14,6 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..checkpoint import Checkpointer
 from ..evaluation.build import build_evaluator
+
+logger = logging.getLogger(__name__)
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -29,7 +32,12 @@ class TrainStep(SimpleTrainer):
     """
 
     def __init__(
-        self, model: nn.Module, data_loader, optimizer, *, amp_dtype: torch.dtype | None = None
+        self,
+        model: nn.Module,
+        data_loader: Iterable,
+        optimizer: torch.optim.Optimizer,
+        *,
+        amp_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(model, data_loader, optimizer)
         self.amp_dtype = amp_dtype
@@ -40,6 +48,7 @@ class TrainStep(SimpleTrainer):
 
     def run_step(self) -> None:
         """Draw a batch, sum the losses, update the weights."""
+        assert self.model.training, "the model was left in evaluation mode"
         start = time.perf_counter()
         data = next(self._data_loader_iter)
         data_time = time.perf_counter() - start
@@ -62,7 +71,8 @@ class TrainStep(SimpleTrainer):
     def load_state_dict(self, state_dict: dict) -> None:
         """Undo ``state_dict``; a checkpoint without a loss scale starts a new one."""
         super().load_state_dict(state_dict)
-        self.grad_scaler.load_state_dict(state_dict.get("grad_scaler", {}))
+        if state_dict.get("grad_scaler"):
+            self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
 
 
 class Trainer(DefaultTrainer):
@@ -91,12 +101,24 @@ class Trainer(DefaultTrainer):
         """As Detectron2's; says from where the run goes on."""
         super().resume_or_load(resume=resume)
         if self.start_iter:
-            logging.getLogger(__name__).info(
+            logger.info(
                 "Resumed at iteration %d of %d from %s",
                 self.start_iter,
                 self.max_iter,
                 self.checkpointer.get_checkpoint_file(),
             )
+
+    def state_dict(self) -> dict:
+        """Iteration, hooks and the step's state (release 0.6 leaves out the step's)."""
+        return {**TrainerBase.state_dict(self), "_trainer": self._trainer.state_dict()}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Undo ``state_dict``; warns about a checkpoint of Detectron2 0.6's own trainer."""
+        TrainerBase.load_state_dict(self, state_dict)
+        if "_trainer" in state_dict:
+            self._trainer.load_state_dict(state_dict["_trainer"])
+        else:
+            logger.warning("The checkpoint holds no optimizer state: momentum starts at zero")
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:

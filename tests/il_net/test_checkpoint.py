@@ -140,7 +140,7 @@ def test_conversion_fills_every_tensor_of_the_backbone(networks):
     )
 
 
-# The last block of each stride, from the repeats 1, 2, 2, 3, 3, 4, 1 of the seven stages (design 9).
+# The last block of each stride; the seven stages have 1, 2, 2, 3, 3, 4 and 1 blocks (design 9).
 LAST_BLOCK_OF_STRIDE = {2: 0, 4: 2, 8: 4, 16: 10, 32: 15}
 
 

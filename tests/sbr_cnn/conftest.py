@@ -12,6 +12,7 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
 from sbr_cnn import add_sbr_cnn_config
+from sbr_cnn.extractors import build_roi_extractor
 
 CHANNELS = 8
 STRIDES = (4, 8, 16, 32)
@@ -39,6 +40,15 @@ TINY = [
     *("MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION", 14),
     *("MODEL.ROI_MASK_HEAD.POOLER_SAMPLING_RATIO", 2),
 ]
+
+
+@pytest.fixture(autouse=True, scope="package")
+def _one_thread() -> Iterator[None]:
+    """The tensors are tiny: on a busy machine a second thread costs ten times what it saves."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)
@@ -71,6 +81,17 @@ def make_config() -> Callable[..., CfgNode]:
         cfg.merge_from_list(TINY)
         cfg.merge_from_list(list(opts))
         return cfg
+
+    return make
+
+
+@pytest.fixture
+def make_extractor(make_config, shapes) -> Callable[..., nn.Module]:
+    """``make_extractor("groie", KEY, VALUE, ...)``: the box branch's extractor."""
+
+    def make(kind: str, *opts) -> nn.Module:
+        cfg = make_config("MODEL.ROI_BOX_HEAD.EXTRACTOR", kind, *opts)
+        return build_roi_extractor(cfg, cfg.MODEL.ROI_BOX_HEAD, shapes)
 
     return make
 

@@ -30,7 +30,9 @@ def make_resnet(make_config):
         )
         model = build_backbone(cfg, RGB)
         for name, buffer in model.named_buffers():
-            if name.endswith(("running_mean", "running_var")):
+            if name.endswith("running_mean"):
+                buffer.uniform_(-0.1, 0.1)
+            if name.endswith("running_var"):
                 buffer.uniform_(0.5, 1.5)
         return model
 
@@ -114,12 +116,19 @@ def test_convert_leaves_subclasses_alone():
 
 @pytest.fixture
 def make_timm():
+    """Without values (on the meta device) unless asked: most tests look at structure only."""
     pytest.importorskip("timm", reason="timm is not installed (extra 'small')")
 
-    def make(name: str = LITE, freeze_at: int = 0, out=("res2", "res3", "res4", "res5")):
-        return TimmBackbone(
-            name=name, in_channels=3, out_features=list(out), freeze_at=freeze_at
-        )
+    def make(
+        name: str = LITE,
+        freeze_at: int = 0,
+        out: tuple[str, ...] = ("res2", "res3", "res4", "res5"),
+        device: str = "meta",
+    ) -> TimmBackbone:
+        with torch.device(device):
+            return TimmBackbone(
+                name=name, in_channels=3, out_features=list(out), freeze_at=freeze_at
+            )
 
     return make
 
@@ -144,22 +153,25 @@ def test_timm_channels_and_strides(make_timm):
     assert {n: (s.channels, s.stride) for n, s in model.output_shape().items()} == {
         name: (widths[name], strides[name]) for name in widths
     }
-    with torch.no_grad():
-        maps = model(torch.zeros(1, 3, 64, 96))
+    maps = model(torch.zeros(1, 3, 64, 96, device="meta"))
     assert {name: tuple(x.shape) for name, x in maps.items()} == {
         name: (1, widths[name], 64 // s, 96 // s) for name, s in strides.items()
     }
 
 
-def test_timm_gives_only_what_is_asked(make_timm):
-    model = make_timm(out=("res3", "res4"))
-    assert set(model.output_shape()) == set(model(torch.zeros(1, 3, 64, 64))) == {"res3", "res4"}
-    # Nothing of the last stage is built: EfficientNet's blocks 5 (stride 32) and 6.
-    assert not [n for n, _ in model.body.named_parameters() if n.startswith(("blocks.5.", "blocks.6."))]
+@pytest.mark.parametrize("out", [("res2", "res3", "res4", "res5"), ("res3", "res4")])
+def test_timm_has_no_parameters_that_its_outputs_do_not_use(out, make_timm):
+    """Multi-GPU training stops at trainable parameters that get no gradient."""
+    model = make_timm(out=out, device="cpu")
+    maps = model(torch.randn(1, 3, 64, 64))
+    assert tuple(maps) == tuple(model.output_shape()) == out
+    sum(x.square().sum() for x in maps.values()).backward()
+    named = model.named_parameters()
+    assert not [name for name, p in named if p.requires_grad and p.grad is None]
 
 
 def test_timm_batchnorm_is_frozen_in_training(make_timm):
-    model = make_timm().train()
+    model = make_timm(device="cpu").train()
     assert model.training
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     assert norms
@@ -182,21 +194,21 @@ def test_timm_batchnorm_is_frozen_in_training(make_timm):
     ],
 )
 def test_timm_freezes_up_to_the_stage(name, stem, second, make_timm):
-    def starting_with(model: TimmBackbone, prefixes: tuple[str, ...]) -> set[str]:
-        norms = frozen_names(make_timm(name, 5)) | frozen_names(model)
-        return {n for n in norms if n.startswith(prefixes)}
-
-    assert frozen_names(make_timm(name, 0)) == set()
-    one, two, five = (make_timm(name, freeze_at) for freeze_at in (1, 2, 5))
-    assert starting_with(one, stem)
-    assert frozen_names(one) == starting_with(one, stem)
-    assert frozen_names(two) == starting_with(two, stem + second) > frozen_names(one)
+    zero, one, two, five = (make_timm(name, freeze_at) for freeze_at in (0, 1, 2, 5))
     assert not [p for p in five.parameters() if p.requires_grad]
+
+    def starting_with(prefixes: tuple[str, ...]) -> set[str]:
+        return {n for n in frozen_names(five) if n.startswith(prefixes)}
+
+    assert starting_with(stem) and starting_with(second)
+    assert frozen_names(zero) == set()
+    assert frozen_names(one) == starting_with(stem)
+    assert frozen_names(two) == starting_with(stem + second)
 
 
 @pytest.mark.parametrize("freeze_at", [0, 1, 2, 3])
 def test_timm_gradients_stop_where_frozen(freeze_at, make_timm):
-    maps = make_timm(freeze_at=freeze_at)(torch.randn(1, 3, 64, 64))
+    maps = make_timm(freeze_at=freeze_at)(torch.zeros(1, 3, 64, 64, device="meta"))
     needs = {name: x.requires_grad for name, x in maps.items()}
     assert needs == {f"res{i}": i > freeze_at or freeze_at < 2 for i in range(2, 6)}
 
@@ -211,11 +223,26 @@ def test_timm_unknown_feature(make_timm):
         make_timm(out=("res2", "res6"))
 
 
-@pytest.mark.parametrize("freeze_at", [-1, 6])
-def test_timm_freeze_at_beyond_the_stages(freeze_at, make_timm):
-    """Detectron2's ResNet takes any number here: 6 freezes all, a negative one nothing."""
-    trainable = any(p.requires_grad for p in make_timm(freeze_at=freeze_at).parameters())
-    assert trainable is (freeze_at < 0)
+def test_timm_freeze_at_beyond_the_stages(make_timm):
+    with pytest.raises(ValueError, match="MODEL.BACKBONE.FREEZE_AT"):
+        make_timm(freeze_at=6)
+
+
+def test_timm_stage_without_parameters_to_freeze(make_timm):
+    """VGG reaches stride 4 in a pooling layer: there is no stage by that name to freeze."""
+    with pytest.raises(ValueError, match="MODEL.BACKBONE.FREEZE_AT"):
+        make_timm("vgg11", freeze_at=2)
+
+
+def test_timm_channels_last_models_are_turned_or_refused(make_timm):
+    """Swin's maps are (N, H, W, C)."""
+    try:
+        model = make_timm("swin_tiny_patch4_window7_224")
+    except ValueError as error:
+        assert "MODEL.TIMM.NAME" in str(error)
+        return
+    maps = model(torch.zeros(1, 3, 224, 224, device="meta"))
+    assert maps["res5"].shape == (1, 768, 7, 7)
 
 
 def test_timm_fpn_from_the_configuration(make_config):

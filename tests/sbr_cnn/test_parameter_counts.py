@@ -69,9 +69,8 @@ def test_the_table_adds_up():
     # Weight and bias of every BatchNorm: per stage the blocks' two narrow and one wide norm
     # and the shortcut's.
     stages = ((4, 128, 512), (6, 256, 1024), (3, 512, 2048))
-    assert AFFINE == 2 * sum(n * (2 * mid + out) + out for n, mid, out in stages)
+    assert 2 * sum(n * (2 * mid + out) + out for n, mid, out in stages) == AFFINE
 
 
-def test_one_mask_config_says_frozen_bn():
-    """Frozen BatchNorm is the default (design 5)."""
-    assert count("mask_rcnn_r50_fpn_1x.yaml") == MASK - AFFINE
+def test_frozen_batchnorm_is_the_default():
+    assert count("mask_rcnn_r50_fpn_1x.yaml") == MASK - AFFINE  # design 5

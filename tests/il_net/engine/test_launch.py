@@ -14,6 +14,7 @@ pytest.importorskip("detectron2")
 import torch
 from detectron2.utils import comm
 
+from il_net.engine import launch as launch_module
 from il_net.engine.launch import launch
 
 REPO = Path(__file__).parents[3]
@@ -126,17 +127,22 @@ def test_two_machines_of_one_process_under_torchruns_environment(tmp_path):
         assert known[rank]["gathered"] == ["rank 0", "rank 1"]
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(torch.cuda.is_available(), reason="gloo processes on the CPU")
-def test_two_machines_by_arguments(tmp_path):
-    """--num-machines 2 with one process each needs the address, and ranks follow the machine."""
-    url = f"tcp://127.0.0.1:{free_port()}"
-    code = CODE.format(f"1, 2, int(os.environ['MACHINE']), {url!r}")
-    run_ranks(tmp_path, [{"MACHINE": "0"}, {"MACHINE": "1"}], code)
-    known = read(tmp_path)
-    assert sorted(known) == [0, 1]
-    assert all(k["world_size"] == 2 and k["local_size"] == 1 for k in known.values())
-    assert all(k["local_rank"] == 0 for k in known.values())
+def test_ranks_go_on_from_machine_to_machine(monkeypatch):
+    """Two machines of three processes: the second has the ranks 3, 4, 5 of 6."""
+    started = []
+
+    def spawn(function, nprocs: int, args: tuple) -> None:
+        for local_rank in range(nprocs):
+            function(local_rank, *args)
+
+    def run(local_rank: int, local_size: int, url: str, main, args: tuple, **ranks: int) -> None:
+        started.append((local_rank, local_size, url, args, ranks["rank"], ranks["world_size"]))
+
+    monkeypatch.setattr(launch_module.torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(launch_module.mp, "spawn", spawn)
+    monkeypatch.setattr(launch_module, "_run", run)
+    launch(record, 3, 2, 1, "tcp://first:1", ("folder",))
+    assert started == [(i, 3, "tcp://first:1", ("folder",), 3 + i, 6) for i in range(3)]
 
 
 def test_several_machines_need_an_address():

@@ -48,15 +48,15 @@ class NonLocal2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (R, C, H, W) to the same shape."""
-        rois, _, height, width = x.shape
+        height, width = x.shape[-2:]
         # One attention head over the H*W positions: (R, 1, H*W, D).
         query, key, value = (
             conv(x).flatten(2).transpose(1, 2).unsqueeze(1)
             for conv in (self.theta, self.phi, self.g)
         )
         attended = F.scaled_dot_product_attention(query, key, value)
-        attended = attended.squeeze(1).transpose(1, 2)
-        return x + self.conv_out(attended.reshape(rois, -1, height, width))
+        attended = attended.squeeze(1).transpose(1, 2).unflatten(2, (height, width))
+        return x + self.conv_out(attended)
 
 
 class RelativePositionAttention(nn.Module):
@@ -88,7 +88,7 @@ class RelativePositionAttention(nn.Module):
         self.position_x = nn.Linear(position_width, inner, bias=False)
         self.position_y = nn.Linear(position_width, inner, bias=False)
         self.project = nn.Conv2d(inner, channels, 1)
-        self.gamma = nn.Parameter(torch.zeros(1))
+        self.gamma = nn.Parameter(torch.zeros(()))
         for layer in (self.query, self.value, self.position_x, self.position_y, self.project):
             nn.init.kaiming_uniform_(layer.weight, a=1)
         nn.init.zeros_(self.project.bias)

@@ -83,27 +83,24 @@ class TimmBackbone(Backbone):
             raise ValueError(
                 f"MODEL.TIMM.NAME: timm {timm.__version__} has no {name!r}; near: {near or 'none'}"
             )
-        probe = timm.create_model(name, features_only=True, in_chans=in_channels)
-        reductions = probe.feature_info.reduction()
-        missing = [f for f in out_features if self.STRIDES.get(f) not in reductions]
+        self.body = timm.create_model(name, features_only=True, in_chans=in_channels)
+        info = self.body.feature_info
+        strides = info.reduction()
+        missing = [f for f in out_features if self.STRIDES.get(f) not in strides]
         if missing:
             raise ValueError(
-                f"MODEL.RESNETS.OUT_FEATURES: {name} has strides {reductions}, no {missing}"
+                f"MODEL.RESNETS.OUT_FEATURES: {name} has strides {strides}, no {missing}"
             )
-        index = {f: reductions.index(s) for f, s in self.STRIDES.items() if s in reductions}
-        last = max(index[f] for f in out_features)
-        self.body = timm.create_model(
-            name, features_only=True, in_chans=in_channels, out_indices=range(last + 1)
-        )
-        self._index = {f: index[f] for f in out_features}
+        self._index = {f: strides.index(self.STRIDES[f]) for f in out_features}
         self._out_features = list(out_features)
         self._out_feature_strides = {f: self.STRIDES[f] for f in out_features}
-        channels = self.body.feature_info.channels()
-        self._out_feature_channels = {f: channels[i] for f, i in self._index.items()}
+        self._out_feature_channels = {f: info.channels()[i] for f, i in self._index.items()}
+        output_format = getattr(self.body, "output_fmt", "NCHW")
+        self._channels_last = getattr(output_format, "value", output_format) == "NHWC"
         self._norms = [m for m in self.body.modules() if isinstance(m, nn.BatchNorm2d)]
         for norm in self._norms:
             norm.requires_grad_(False)
-        self._freeze(freeze_at, index)
+        self._freeze(freeze_at)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict:
@@ -115,17 +112,36 @@ class TimmBackbone(Backbone):
             "freeze_at": cfg.MODEL.BACKBONE.FREEZE_AT,
         }
 
-    def _freeze(self, freeze_at: int, index: dict[str, int]) -> None:
-        if freeze_at <= 0:
-            return
-        stage = self.body.feature_info.module_name()[index[f"res{max(freeze_at, 2)}"]]
+    def _freeze(self, freeze_at: int) -> None:
+        """Freeze what ``freeze_at`` says and the stages that no output uses."""
+        parameters = list(self.body.parameters())
+        frozen = []
+        if freeze_at > 0:
+            start, end = self._span(f"res{max(freeze_at, 2)}")
+            if end == 0:
+                raise ValueError(
+                    f"MODEL.BACKBONE.FREEZE_AT {freeze_at}: this timm model has no such stage to "
+                    "freeze; 0 trains everything"
+                )
+            frozen += parameters[: start if freeze_at == 1 else end]
+        _, end = self._span(max(self._out_features))
+        frozen += parameters[end:] if end else []
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+    def _span(self, feature: str) -> tuple[int, int]:
+        """First and one past the last parameter of a stage, in the order of the network.
+
+        (0, 0) where there is no such stage or it has no parameters of its own (a pooling layer).
+        """
+        info = self.body.feature_info
+        stages = dict(zip(info.reduction(), info.module_name(), strict=True))
+        stage = stages.get(self.STRIDES.get(feature, 0), "")
         # Some models keep their module tree ("blocks.1"), others are flattened ("stages_1").
         prefixes = (stage + ".", stage.replace(".", "_") + ".")
-        named = list(self.body.named_parameters())
-        inside = [i for i, (name, _) in enumerate(named) if name.startswith(prefixes)]
-        end = inside[0] if freeze_at == 1 else inside[-1] + 1
-        for _, parameter in named[:end]:
-            parameter.requires_grad_(False)
+        names = [name for name, _ in self.body.named_parameters()]
+        inside = [i for i, name in enumerate(names) if name.startswith(prefixes)]
+        return (inside[0], inside[-1] + 1) if inside else (0, 0)
 
     def train(self, mode: bool = True) -> "TimmBackbone":
         """As usual, but BatchNorm stays in evaluation mode."""
@@ -137,6 +153,8 @@ class TimmBackbone(Backbone):
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """(N, in_channels, H, W) to the named maps, each (N, C, H / stride, W / stride)."""
         maps = self.body(x)
+        if self._channels_last:
+            maps = [m.permute(0, 3, 1, 2) for m in maps]
         return {name: maps[index] for name, index in self._index.items()}
 
 

@@ -70,6 +70,11 @@ class SingleLevelExtractor(RoIExtractor):
         super().__init__(**kwargs)
         if level_choice not in ("size", "random"):
             raise ValueError(f"level_choice is 'size' or 'random', got {level_choice!r}")
+        if any(b != 2 * a for a, b in zip(self.strides, self.strides[1:], strict=False)):
+            raise ValueError(
+                f"MODEL.ROI_HEADS.IN_FEATURES have strides {self.strides}; the level of a box is "
+                "chosen among strides that double"
+            )
         self.level_choice = level_choice
 
     def assign_levels(self, box_lists: list[Boxes]) -> Tensor:
@@ -165,9 +170,10 @@ def build_roi_module(kind: str, kernel_size: int, channels: int) -> nn.Module:
     Raises:
         ValueError: unknown ``kind``, or an even kernel, which would change S.
     """
-    if kind in ("conv", "non_local") and kernel_size % 2 == 0:
+    if kind in ("conv", "non_local") and (kernel_size < 1 or kernel_size % 2 == 0):
         raise ValueError(
-            f"MODEL.GROIE.PRE_KERNEL and POST_KERNEL must be odd, got {kernel_size} for {kind!r}"
+            "MODEL.GROIE.PRE_KERNEL and POST_KERNEL are odd and positive, "
+            f"got {kernel_size} for {kind!r}"
         )
     if kind == "none":
         return nn.Identity()

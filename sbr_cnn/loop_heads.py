@@ -19,7 +19,7 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from .extractors import build_roi_extractor
-from .mask_heads import crop_masks, mask_loss, select_class
+from .mask_heads import LoopMaskHead, crop_masks, mask_loss, select_class
 from .schedule import Loop, LoopSchedule
 
 
@@ -89,6 +89,11 @@ class HeadPair(nn.Module):
             shape = ShapeSpec(channels=channels, height=side, width=side)
             parts["mask_pooler"] = build_roi_extractor(cfg, cfg.MODEL.ROI_MASK_HEAD, input_shape)
             parts["mask_head"] = build_mask_head(cfg, shape)
+            if not isinstance(parts["mask_head"], LoopMaskHead):
+                raise ValueError(
+                    "LoopROIHeads needs MODEL.ROI_MASK_HEAD.NAME: LoopMaskHead, got "
+                    f"{cfg.MODEL.ROI_MASK_HEAD.NAME}"
+                )
         return cls(**parts)
 
     def predict_boxes(
@@ -120,7 +125,8 @@ class LoopROIHeads(ROIHeads):
         schedule: the loops.
         mask_loop: iterate the mask head t times in training loop t.
         interleaved: train masks on a new sample of the refined boxes.
-        **kwargs: see Detectron2's ``ROIHeads``; ``proposal_matcher`` is not used.
+        **kwargs: see Detectron2's ``ROIHeads``; ``proposal_matcher``
+            (``MODEL.ROI_HEADS.IOU_THRESHOLDS``) is not used, the schedule has the thresholds.
     """
 
     @configurable

@@ -32,8 +32,8 @@ class LoopSchedule:
     """The loops of training and of inference.
 
     Attributes:
-        order: one letter per training loop, the head pair used in it; letters start at "a" and
-            leave no gap.
+        order: one letter per training loop, the head pair used in it; the letters used are the
+            first of the alphabet.
         ious: IoU threshold per training loop, rising or falling, each in (0, 1).
         loss_weights: loss weight per training loop.
         test_loops: loops at inference; 0 means as many as in training. Loops beyond the
@@ -53,7 +53,7 @@ class LoopSchedule:
         letters = sorted(set(self.order))
         if not letters or "".join(letters) != ascii_lowercase[: len(letters)]:
             raise ValueError(
-                f"{node}.ORDER needs one letter per loop, starting at 'a' without a gap "
+                f"{node}.ORDER needs one letter per loop, the first letters of the alphabet "
                 f"('aaa', 'aab', 'abc'), got {self.order!r}"
             )
         for key, values in (("IOUS", self.ious), ("LOSS_WEIGHTS", self.loss_weights)):
@@ -64,6 +64,8 @@ class LoopSchedule:
                 )
         if not all(0 < iou < 1 for iou in self.ious):
             raise ValueError(f"{node}.IOUS lie between 0 and 1, got {tuple(self.ious)}")
+        if min(self.loss_weights) < 0:
+            raise ValueError(f"{node}.LOSS_WEIGHTS are not negative, got {self.loss_weights}")
         if self.test_loops < 0:
             raise ValueError(f"{node}.TEST_LOOPS is 0 (as trained) or more, got {self.test_loops}")
 

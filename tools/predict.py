@@ -12,6 +12,7 @@ order of the model's classes. Exit code 1: a mistake, or some input could not be
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -119,9 +120,11 @@ def main() -> int:
     args.output.mkdir(parents=True, exist_ok=True)
     writer = Writer(predictor, list(cfg.DATASETS.CLASSES), args.output, args.min_score)
     root = Path(args.input).expanduser()
+    if not root.is_dir():
+        root = Path(os.path.commonpath([source.parent for source in inputs]))
     unreadable = 0
     for source in tqdm(inputs, unit="file"):
-        name = source.relative_to(root) if root.is_dir() else Path(source.name)
+        name = source.relative_to(root)
         run = writer.video if source.suffix.lower() in VIDEO_SUFFIXES else writer.picture
         try:
             run(source, name)

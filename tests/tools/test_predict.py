@@ -106,6 +106,9 @@ def test_coco_record_without_masks_and_without_detections():
 # ---- inputs ----
 
 
+OUT = Path("not there")
+
+
 @pytest.fixture
 def folder(tmp_path) -> Path:
     for name in ("b.JPG", "a.png", "sub/c.jpeg", "sub/film.MP4", "notes.txt"):
@@ -120,27 +123,27 @@ def names(paths: list[Path], root: Path) -> list[str]:
 
 
 def test_folder_gives_pictures_and_videos_to_the_bottom(folder):
-    found = names(find_inputs(str(folder)), folder)
+    found = names(find_inputs(str(folder), OUT), folder)
     assert found == ["a.png", "b.JPG", "sub/c.jpeg", "sub/film.MP4"]
 
 
 def test_single_file_and_glob(folder, monkeypatch):
-    assert names(find_inputs(str(folder / "a.png")), folder) == ["a.png"]
-    assert names(find_inputs(str(folder / "*.png")), folder) == ["a.png"]
-    assert names(find_inputs(str(folder / "**" / "*.jpeg")), folder) == ["sub/c.jpeg"]
+    assert names(find_inputs(str(folder / "a.png"), OUT), folder) == ["a.png"]
+    assert names(find_inputs(str(folder / "*.png"), OUT), folder) == ["a.png"]
+    assert names(find_inputs(str(folder / "**" / "*.jpeg"), OUT), folder) == ["sub/c.jpeg"]
     monkeypatch.chdir(folder)
-    assert [p.as_posix() for p in find_inputs("sub/*.jpeg")] == ["sub/c.jpeg"]
+    assert [p.as_posix() for p in find_inputs("sub/*.jpeg", OUT)] == ["sub/c.jpeg"]
 
 
 def test_glob_over_everything_leaves_out_what_is_no_picture(folder):
-    assert "notes.txt" not in names(find_inputs(str(folder / "*")), folder)
+    assert "notes.txt" not in names(find_inputs(str(folder / "*"), OUT), folder)
 
 
 @pytest.mark.parametrize("pattern", ["gone.png", "*.gif", "empty"])
 def test_nothing_there(folder, pattern):
     (folder / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="--input"):
-        find_inputs(str(folder / pattern))
+        find_inputs(str(folder / pattern), OUT)
 
 
 def test_file_that_is_no_video(folder):
@@ -198,7 +201,7 @@ def test_pictures_of_a_name_with_dots_do_not_overwrite_each_other(tool, tmp_path
     writer = make_writer(tool, tmp_path / "out")
     for name in ("leaf.1.png", "leaf.2.png"):
         writer.picture(write(tmp_path / name), Path(name))
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"leaf.1.jpg", "leaf.2.jpg"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"leaf.1.png", "leaf.2.png"}
 
 
 def run(tool: ModuleType, monkeypatch, source: Path, output: Path) -> int | str | None:
@@ -227,6 +230,15 @@ def test_second_run_into_a_subfolder_of_the_input_finds_the_same(tool, monkeypat
         assert run(tool, monkeypatch, tmp_path, tmp_path / "found") == 0
         content = json.loads((tmp_path / "found" / "detections.json").read_text())
         assert [image["file_name"] for image in content["images"]] == ["leaf.jpg"]
+
+
+def test_glob_keeps_pictures_of_one_name_apart(tool, monkeypatch, tmp_path):
+    for name in ("a", "b"):
+        write(tmp_path / "in" / name / "leaf.jpg")
+    assert run(tool, monkeypatch, tmp_path / "in" / "*" / "*.jpg", tmp_path / "out") == 0
+    content = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert [i["file_name"] for i in content["images"]] == ["a/leaf.jpg", "b/leaf.jpg"]
+    assert (tmp_path / "out" / "b" / "leaf.jpg").is_file()
 
 
 def test_ids_count_over_all_pictures(tool, monkeypatch, tmp_path):

@@ -234,19 +234,19 @@ def test_prediction_of_a_folder_skips_a_broken_picture(run, trained, pictures, t
     assert "skipped" in result.output
     assert str(pictures / "broken.jpg") in result.output
     written = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()}
-    assert written == {"a.jpg", "sub/b.jpg", "detections.json"}
+    assert written == {"a.jpg", "sub/b.png", "detections.json"}
     check_detections(tmp_path, {"a.jpg": (96, 96), "sub/b.png": (70, 90)})
-    for name in ("a.jpg", "sub/b.jpg"):
+    for name in ("a.jpg", "sub/b.png"):
         assert cv2.imread(str(tmp_path / name)) is not None
 
 
 def test_prediction_of_one_picture(run, trained, pictures, tmp_path):
     result = predict(run, trained, pictures / "sub" / "b.png", tmp_path)
     assert result.code == 0, result.output
-    assert {p.name for p in tmp_path.iterdir()} == {"b.jpg", "detections.json"}
+    assert {p.name for p in tmp_path.iterdir()} == {"b.png", "detections.json"}
     check_detections(tmp_path, {"b.png": (70, 90)})
     # --min-score 0: everything is drawn, so the picture differs from the input.
-    drawn = cv2.imread(str(tmp_path / "b.jpg"))
+    drawn = cv2.imread(str(tmp_path / "b.png"))
     source = cv2.imread(str(pictures / "sub" / "b.png"))
     assert np.abs(cv2.resize(drawn, source.shape[1::-1]).astype(int) - source).mean() > 2
 

@@ -35,7 +35,6 @@ INSTALL_REQUIRES = [
     "opencv-python-headless>=4.6",
     "pycocotools>=2.0.7",
     "shapely>=2.0",  # fvcore asks for it to crop polygon masks
-    "safetensors>=0.4",
     "tqdm>=4.60",
     "tensorboard>=2.11",
     # For Detectron2.
@@ -60,7 +59,6 @@ EXTRAS = {
         "pytest>=8",
         "pytest-timeout",
         "pytest-xdist",
-        "hypothesis",
         "ruff",
         "efficientnet-lite-pytorch",  # the reference in the test of the weights' conversion
     ],

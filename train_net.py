@@ -11,7 +11,8 @@ from il_net.check import require_detectron2
 
 require_detectron2()
 
-from detectron2.config import CfgNode  # noqa: E402  (after the advice on a missing detectron2)
+import torch  # noqa: E402  (from here on after the advice on a missing torch or detectron2)
+from detectron2.config import CfgNode  # noqa: E402
 from detectron2.engine import default_argument_parser, default_setup  # noqa: E402
 from detectron2.evaluation import verify_results  # noqa: E402
 from detectron2.utils import comm  # noqa: E402
@@ -34,6 +35,10 @@ def setup(args: argparse.Namespace) -> CfgNode:
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name=name)
     if cfg.MODEL.DEVICE == "cpu":
         logging.getLogger("il_net").info("Running on the CPU (no GPU, or MODEL.DEVICE: cpu)")
+    if cfg.MODEL.DEVICE == "cpu" and comm.get_world_size() > 1 and torch.cuda.is_available():
+        raise ValueError(
+            "MODEL.DEVICE cpu with several processes: set CUDA_VISIBLE_DEVICES= to nothing as well"
+        )
     register_datasets(cfg)
     if comm.get_local_rank() == 0:
         validate_datasets(cfg)

@@ -1,9 +1,9 @@
 """Say which versions are installed, what is wrong with them and how to mend it.
 
 ``python -m il_net.check`` prints the list and exits with 0 if training can run, else with 1.
-:func:`require_detectron2` gives the same advice instead of a traceback at the start of a tool.
-Nothing but the standard library is imported before a function is called, so that the module works
-where torch or Detectron2 is missing.
+:func:`require_detectron2` gives the same advice instead of a traceback at the start of
+``train_net.py``. Nothing but the standard library is imported before a function is called, so that
+the module works where torch or Detectron2 is missing.
 """
 
 from __future__ import annotations

@@ -23,8 +23,8 @@ class LoadReport:
     """What a checkpoint gave a model.
 
     Attributes:
-        matched: tensors of the model that were loaded.
-        total: tensors of the model.
+        matched: numbers (elements of tensors) of the model that were loaded.
+        total: numbers of the model.
         missing: names the file lacks or has in another shape.
         unexpected: names only the file has.
     """
@@ -56,7 +56,7 @@ class Checkpointer(DetectionCheckpointer):
         """Load weights for evaluation or prediction, where a part of them is no use.
 
         Raises:
-            ValueError: no path, or less than ``min_matched`` of the model's tensors matched.
+            ValueError: no path, or less than ``min_matched`` of the model's weights matched.
         """
         if not path:
             raise ValueError("MODEL.WEIGHTS is empty: name the weights to evaluate or predict with")
@@ -64,8 +64,8 @@ class Checkpointer(DetectionCheckpointer):
         report = self.report
         if report.matched < min_matched * report.total:
             raise ValueError(
-                f"MODEL.WEIGHTS {path} fits {report.matched} of the model's {report.total} "
-                f"tensors, less than {min_matched:.0%}. "
+                f"MODEL.WEIGHTS {path} fits {report.matched:,} of the model's {report.total:,} "
+                f"weights, less than {min_matched:.0%}. "
                 f"Missing, e.g.: {', '.join(report.missing[:3])}; "
                 f"in the file only, e.g.: {', '.join(report.unexpected[:3]) or 'nothing'}. "
                 "Is this the configuration the weights were trained with?"
@@ -82,16 +82,17 @@ class Checkpointer(DetectionCheckpointer):
 
     def _load_model(self, checkpoint: dict):
         incompatible = super()._load_model(checkpoint)
-        names = set(self.model.state_dict())
+        sizes = {name: tensor.numel() for name, tensor in self.model.state_dict().items()}
         misshapen = (name for name, *_ in incompatible.incorrect_shapes)
-        missing = names & {*incompatible.missing_keys, *misshapen}
+        missing = sizes.keys() & {*incompatible.missing_keys, *misshapen}
+        total = sum(sizes.values())
         self.report = LoadReport(
-            matched=len(names) - len(missing),
-            total=len(names),
+            matched=total - sum(sizes[name] for name in missing),
+            total=total,
             missing=tuple(sorted(missing)),
             unexpected=tuple(sorted(incompatible.unexpected_keys)),
         )
-        logger.info("Loaded %d of the model's %d tensors", self.report.matched, self.report.total)
+        logger.info("Loaded %d of the model's %d weights", self.report.matched, self.report.total)
         return incompatible
 
 

@@ -73,6 +73,11 @@ def _read_yaml(config_file: str) -> dict:
         loaded = CfgNode.load_yaml_with_base(config_file)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"--config-file {config_file}: {error}") from error
+    except yaml.constructor.ConstructorError as error:
+        raise ValueError(
+            f"--config-file {config_file} has a YAML tag that can run code, which is not read "
+            f"here; write the value out: {error}"
+        ) from error
     except (yaml.YAMLError, AttributeError, TypeError) as error:
         raise ValueError(f"--config-file {config_file} is not a YAML mapping: {error}") from error
     nodes = (loaded, *(loaded.values() if isinstance(loaded, dict) else ()))

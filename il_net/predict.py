@@ -9,14 +9,15 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import transforms
 from detectron2.data.catalog import Metadata
-from detectron2.data.detection_utils import convert_image_to_rgb
+from detectron2.data.detection_utils import convert_image_to_rgb, read_image
 from detectron2.modeling import build_model
 from detectron2.structures import BoxMode, Instances
 from detectron2.utils.visualizer import ColorMode, Visualizer
+from PIL import Image
 
 from .checkpoint import Checkpointer
+from .data.sources import PICTURE_ENDINGS
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm"}
 VIDEO_SUFFIXES = {".mp4", ".avi", ".mov", ".mkv", ".webm"}
 
 
@@ -141,7 +142,7 @@ def find_inputs(pattern: str, output: Path) -> list[Path]:
         anchor = Path(path.anchor) if path.anchor else Path()
         found = list(anchor.glob(str(path.relative_to(path.anchor))))
     if not path.is_file():
-        suffixes = IMAGE_SUFFIXES | VIDEO_SUFFIXES
+        suffixes = VIDEO_SUFFIXES.union(PICTURE_ENDINGS)
         found = [p for p in found if p.is_file() and p.suffix.lower() in suffixes]
     if not found:
         raise FileNotFoundError(f"--input {pattern}: no picture or video there")
@@ -149,6 +150,18 @@ def find_inputs(pattern: str, output: Path) -> list[Path]:
     if any(output == (folder or p.parent).resolve() for p in found):
         raise ValueError(f"--output {output} is the folder of --input: it would be overwritten")
     return sorted(p for p in found if folder is None or output not in p.resolve().parents)
+
+
+def read_picture(path: Path) -> np.ndarray:
+    """A picture turned as its EXIF says, (H, W, 3) uint8 in BGR order.
+
+    Raises:
+        ValueError: the file can't be read as a picture.
+    """
+    try:
+        return read_image(str(path), "BGR")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} can't be read as a picture: {error}") from error
 
 
 def read_frames(path: Path) -> Iterator[np.ndarray]:

@@ -51,7 +51,7 @@ class NonLocal2d(nn.Module):
         height, width = x.shape[-2:]
         # One attention head over the H*W positions: (R, 1, H*W, D).
         query, key, value = (
-            conv(x).flatten(2).transpose(1, 2).unsqueeze(1)
+            conv(x).flatten(2).transpose(1, 2).unsqueeze(1).contiguous()  # as fused kernels want it
             for conv in (self.theta, self.phi, self.g)
         )
         attended = F.scaled_dot_product_attention(query, key, value)
@@ -116,9 +116,8 @@ class RelativePositionAttention(nn.Module):
         value = self.value(keys).unflatten(1, (self.num_heads, -1))  # (R, h, d, H', W')
         rows = self._axis_energy(query, self.position_y, "rndyx,yknd->rnyxk", height).softmax(-1)
         columns = self._axis_energy(query, self.position_x, "rndyx,xknd->rnyxk", width).softmax(-1)
-        value = value.to(rows.dtype)
         # softmax over (y', x') of a(y') + b(x') is softmax(a) softmax(b).
         weights = rows.unsqueeze(-1) * columns.unsqueeze(-2)  # (R, h, H, W, H', W')
-        attended = torch.einsum("rnyxk,rndk->rndyx", weights.flatten(-2), value.flatten(-2))
-        attended = self.project(attended.flatten(1, 2).to(x.dtype))
-        return x + self.gamma * attended
+        weights = weights.flatten(-2).to(value.dtype)
+        attended = torch.einsum("rnyxk,rndk->rndyx", weights, value.flatten(-2))
+        return x + self.gamma * self.project(attended.flatten(1, 2))

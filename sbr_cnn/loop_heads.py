@@ -13,6 +13,7 @@ from detectron2.modeling import ROI_HEADS_REGISTRY, build_box_head, build_mask_h
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.roi_heads import FastRCNNOutputLayers, ROIHeads, StandardROIHeads
+from detectron2.modeling.roi_heads.roi_heads import select_foreground_proposals
 from detectron2.modeling.sampling import subsample_labels
 from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
 from detectron2.utils.events import get_event_storage
@@ -126,7 +127,8 @@ class LoopROIHeads(ROIHeads):
         mask_loop: iterate the mask head t times in training loop t.
         interleaved: train masks on a new sample of the refined boxes.
         **kwargs: see Detectron2's ``ROIHeads``; ``proposal_matcher``
-            (``MODEL.ROI_HEADS.IOU_THRESHOLDS``) is not used, the schedule has the thresholds.
+            (``MODEL.ROI_HEADS.IOU_THRESHOLDS``) is not used, the schedule has the thresholds;
+            nor is ``MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS``, every pair has its own.
     """
 
     @configurable
@@ -291,7 +293,7 @@ class LoopROIHeads(ROIHeads):
         loop: Loop,
     ) -> Tensor:
         pair = self.pairs[loop.pair]
-        positives = [s[s.gt_classes < self.num_classes] for s in sample]
+        positives, _ = select_foreground_proposals(sample, self.num_classes)
         x = pair.mask_pooler(maps, [p.proposal_boxes for p in positives])
         order = self.schedule.order[: loop.number] if self.mask_loop else loop.pair
         features = None

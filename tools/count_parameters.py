@@ -25,8 +25,8 @@ def main() -> None:
         cfg = load_config(args.config_file, args.opts, add_sbr_cnn_config)
         if cfg.MODEL.ROI_HEADS.NUM_CLASSES == 0:
             register_datasets(cfg)
-    cfg.MODEL.DEVICE = "cpu"
-    model = build_model(cfg)
+        cfg.MODEL.DEVICE = "cpu"
+        model = build_model(cfg)
     for name, child in model.named_children():
         print(f"{name:20s} {count_trainable(child):>12,d}")
     print(count_trainable(model))

@@ -30,15 +30,18 @@ DRAWING_SCALE = 2.0
 
 def main(opts: list[str]) -> None:
     """Run the demo; ``opts`` are KEY VALUE pairs over ``configs/quickstart/demo.yaml``."""
-    data = Path(os.environ.setdefault("DETECTRON2_DATASETS", str(ROOT / "datasets")))
+    data = ROOT / "datasets"  # not the user's own dataset root
+    os.environ["DETECTRON2_DATASETS"] = str(data)
     print(f"Generating {TRAIN_IMAGES} + {VAL_IMAGES} pictures in {data / 'synthetic'} ...")
     for name, count in (("train", TRAIN_IMAGES), ("val", VAL_IMAGES)):
         generate(data / "synthetic", num_images=count, seed=SEED, name=name)
+    output = ROOT / load_config(str(CONFIG), opts, add_sbr_cnn_config).OUTPUT_DIR
+    for old in (output / "metrics.json", *output.glob("events.out.tfevents.*")):
+        old.unlink(missing_ok=True)  # Detectron2 would append a second run to them
     command = ["train_net.py", "--config-file", str(CONFIG.relative_to(ROOT)), *opts]
     print("Training:", " ".join(["python", *command]), flush=True)
     subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
-    output = Path(load_config(str(CONFIG), opts, add_sbr_cnn_config).OUTPUT_DIR)
-    pictures = compare(ROOT / output, PICTURES)
+    pictures = compare(output, PICTURES)
     print(f"\nPredictions (left) beside the truth (right): {pictures}")
     print(f"Metrics: {output / 'metrics.json'}; curves: tensorboard --logdir {output}")
 

@@ -18,14 +18,22 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from detectron2.data.detection_utils import read_image
+from detectron2.structures import Instances
 from detectron2.utils.logger import setup_logger
 from tqdm import tqdm
 
 from il_net.config import load_config
 from il_net.data.datasets import register_datasets
 from il_net.errors import plain_errors
-from il_net.predict import VIDEO_SUFFIXES, Predictor, draw, find_inputs, read_frames, to_coco
+from il_net.predict import (
+    VIDEO_SUFFIXES,
+    Predictor,
+    draw,
+    find_inputs,
+    read_frames,
+    read_picture,
+    to_coco,
+)
 from sbr_cnn import add_sbr_cnn_config
 
 
@@ -48,42 +56,50 @@ class Writer:
         self.images: list[dict] = []
         self.annotations: list[dict] = []
 
-    def detect(self, image: np.ndarray, name: str) -> np.ndarray:
-        """Record the detections of one picture (BGR) and return it with them drawn."""
-        instances = self.predictor(image)
-        image_id = len(self.images) + 1
-        height, width = image.shape[:2]
-        self.images.append({"id": image_id, "file_name": name, "height": height, "width": width})
-        for record in to_coco(instances, image_id):
-            self.annotations.append({"id": len(self.annotations) + 1, **record})
-        return draw(image, instances[instances.scores >= self.min_score], self.classes)
-
     def picture(self, source: Path, name: Path) -> None:
         """Detect in one picture file and write ``output/name``."""
-        drawn = self.detect(read_image(str(source), "BGR"), name.as_posix())
-        target = self.output / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if not cv2.imwrite(str(target), drawn):
-            raise OSError(f"{target} can't be written")
+        image = read_picture(source)
+        instances = self.predictor(image)
+        if not cv2.imwrite(str(self._target(name)), self.draw(image, instances)):
+            raise ValueError(f"{self._target(name)} can't be written")
+        self.record(image, instances, name.as_posix())
 
     def video(self, source: Path, name: Path) -> None:
         """Detect in every frame of a video file and write ``output/name`` as mp4."""
         rate = cv2.VideoCapture(str(source)).get(cv2.CAP_PROP_FPS) or 25.0
-        target = (self.output / name).with_suffix(".mp4")
-        target.parent.mkdir(parents=True, exist_ok=True)
+        target = str(self._target(name)).removesuffix(".mp4") + ".mp4"
         video = None
         try:
             for number, frame in enumerate(read_frames(source)):
-                drawn = self.detect(frame, f"{name.as_posix()}#{number}")
+                instances = self.predictor(frame)
+                drawn = self.draw(frame, instances)
                 if video is None:
                     code, size = cv2.VideoWriter.fourcc(*"mp4v"), drawn.shape[1::-1]
-                    video = cv2.VideoWriter(str(target), code, rate, size)
+                    video = cv2.VideoWriter(target, code, rate, size)
                 video.write(np.ascontiguousarray(drawn))
+                self.record(frame, instances, f"{name.as_posix()}#{number}")
         finally:
             if video is not None:
                 video.release()
         if video is None:
             raise ValueError(f"{source} holds no frame")
+
+    def draw(self, image: np.ndarray, instances: Instances) -> np.ndarray:
+        """The picture (BGR) with the detections that are sure enough."""
+        return draw(image, instances[instances.scores >= self.min_score], self.classes)
+
+    def record(self, image: np.ndarray, instances: Instances, name: str) -> None:
+        """Keep all detections of one picture for ``detections.json``."""
+        image_id = len(self.images) + 1
+        height, width = image.shape[:2]
+        self.images.append({"id": image_id, "file_name": name, "height": height, "width": width})
+        for record in to_coco(instances, image_id):
+            self.annotations.append({"id": len(self.annotations) + 1, **record})
+
+    def _target(self, name: Path) -> Path:
+        target = self.output / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return target
 
     def save(self) -> None:
         """Write ``detections.json``."""
@@ -128,7 +144,7 @@ def main() -> int:
         run = writer.video if source.suffix.lower() in VIDEO_SUFFIXES else writer.picture
         try:
             run(source, name)
-        except (OSError, ValueError, SyntaxError) as error:  # what Pillow and OpenCV raise
+        except (OSError, ValueError, cv2.error) as error:
             tqdm.write(f"skipped {source}: {error}", file=sys.stderr)
             unreadable += 1
     writer.save()

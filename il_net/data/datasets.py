@@ -144,18 +144,24 @@ def _check_classes(key: str, value: Any) -> ClassNames:
 def _check_names(cfg: CfgNode, sources: dict[str, Source]) -> None:
     """Every dataset of the run is registered, and those to train on have labels."""
     known = [*sources, *DatasetCatalog.list()]
-    for key in ("TRAIN", "TEST", "UNLABELED"):
-        for name in cfg.DATASETS.get(key, ()):
+    for key in ("TRAIN", "TEST"):
+        for name in cfg.DATASETS[key]:
             if name not in known:
                 close = difflib.get_close_matches(name, known, n=5, cutoff=0.5)
                 raise ValueError(
                     f"DATASETS.{key}: no dataset '{name}' is registered. Similar names: "
                     f"{close or 'none'}; in {_KEY}: {list(sources)}"
                 )
-            if key == "TRAIN" and isinstance(sources.get(name), ImagesSource):
+            source = sources.get(name)
+            if isinstance(source, ImagesSource):
                 raise ValueError(
-                    f"DATASETS.TRAIN: '{name}' is of type images and has no labels to train on; "
-                    "such datasets belong in DATASETS.UNLABELED"
+                    f"DATASETS.{key}: '{name}' is of type images and has no labels to train on or "
+                    "to compare with"
+                )
+            if isinstance(source, VocSource) and cfg.MODEL.MASK_ON:
+                raise ValueError(
+                    f"DATASETS.{key}: '{name}' is of type voc and has no masks; set MODEL.MASK_ON "
+                    "False or use a COCO file"
                 )
 
 

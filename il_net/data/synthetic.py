@@ -21,7 +21,8 @@ from pycocotools import mask as coco_mask
 
 from .synthetic_drawing import CATEGORIES, LEAF, SUPERSAMPLE, render
 
-GENERATOR_VERSION = "1"  # raise it when the pictures change: cached ones are then drawn again
+_MARKER = ".generated"  # in the picture folder: what is here may be replaced
+GENERATOR_VERSION = "2"  # raise it when the pictures change: cached ones are then drawn again
 _MIN_SIDE = 64
 
 
@@ -93,6 +94,16 @@ def _is_complete(json_path: Path, images: Path, info: dict) -> bool:
     return same and all((images / image["file_name"]).is_file() for image in data["images"])
 
 
+def _check_ours(json_path: Path, images: Path) -> None:
+    """Refuse to replace what is not ours: a foreign json, or pictures without our marker."""
+    used = json_path.exists() or (images.is_dir() and any(images.iterdir()))
+    if used and not (images / _MARKER).is_file():
+        raise FileExistsError(
+            f"{json_path} or {images} exist and were not written by the generator; choose another "
+            "folder or name"
+        )
+
+
 def _check(num_images: int, size: tuple[int, int], seed: int, name: str) -> None:
     if num_images < 1:
         raise ValueError(f"num_images is {num_images}, expected at least 1")
@@ -116,6 +127,7 @@ def generate(
 
     Raises:
         ValueError: num_images below 1, a side below 64, seed below 0, a name that is no plain word.
+        FileExistsError: there is something under this name that this module did not write.
     """
     size = tuple(int(side) for side in image_size)
     _check(num_images, size, seed, name)
@@ -124,8 +136,10 @@ def generate(
     info = {"description": "synthetic leaves", "version": GENERATOR_VERSION, "arguments": arguments}
     if _is_complete(json_path, folder, info):
         return SyntheticDataset(json_path, folder)
+    _check_ours(json_path, folder)
     json_path.unlink(missing_ok=True)  # first: an old json never lies beside new pictures
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / _MARKER).touch()
     for stale in folder.glob("[0-9]" * 6 + ".jpg"):
         stale.unlink()
     images, annotations = [], []

@@ -6,7 +6,7 @@ pixels per 1/192 of the picture's shorter side: pictures of any size show the sa
 same relative size.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import cv2
 import numpy as np
@@ -14,7 +14,7 @@ import numpy as np
 CATEGORIES = ("leaf", "miner", "rust", "blight")
 LEAF, _MINER, _RUST, _BLIGHT = 1, 2, 3, 4
 SUPERSAMPLE = 2
-_MIN_VISIBLE = 0.2  # of a leaf: with less than this in sight nobody would annotate it
+_MIN_VISIBLE = 0.3  # of a leaf: with less than this in sight nobody would annotate it
 
 # dark, middle, light
 _GROUNDS = {
@@ -51,6 +51,7 @@ class _Canvas:
     owner: np.ndarray  # (h, w) number of the visible leaf, -1 on the background
     spots: np.ndarray  # (h, w) True where a spot was drawn
     unit: float
+    centres: list = field(default_factory=list)  # (x, y) of the leaves drawn so far
 
 
 def _noise(rng: np.random.Generator, shape: tuple[int, int], cells: float, octaves: int = 4):
@@ -161,10 +162,14 @@ def _leaf_colour(rng: np.random.Generator, u, v, side, rough) -> np.ndarray:
 def _add_leaf(rng: np.random.Generator, canvas: _Canvas, number: int, count: int) -> float:
     """Draw leaf `number` of `count` over what is there; returns its area if nothing hid it."""
     h, w = canvas.owner.shape
-    length = 192 * canvas.unit * rng.uniform(0.66, 0.98) * (1.05, 0.9, 0.8, 0.72)[count - 1]
+    length = 192 * canvas.unit * rng.uniform(0.66, 0.98) * (1.05, 0.85, 0.72, 0.64)[count - 1]
     half = length * rng.uniform(0.17, 0.34)
-    spread = 0.12 if count == 1 else 0.32
-    cx, cy = (0.5 + rng.uniform(-spread, spread, 2)) * (w, h)
+    # Of a few places the one farthest from other leaves: they overlap, but rarely hide each other.
+    spread = 0.12 if count == 1 else 0.36
+    places = (0.5 + rng.uniform(-spread, spread, (6, 2))) * (w, h)
+    gaps = [min((np.hypot(*(p - c)) for c in canvas.centres), default=0.0) for p in places]
+    cx, cy = places[int(np.argmax(gaps))]
+    canvas.centres.append((cx, cy))
     turn, bend = rng.uniform(0, 2 * np.pi), rng.triangular(-0.18, 0, 0.18) * length
     along, across = np.float32([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
     base = np.array([cx, cy]) - along * length / 2 - across * bend * 0.6

@@ -103,15 +103,12 @@ def validate_coco(
     _check_files([i["file_name"] for i in images], image_root, findings)
     annotations = _check_annotations(data["annotations"], findings, "minival" in json_file)
     if scored:
-        findings.add(
-            "annotations without a number 'area', which COCO's metrics need",
-            [_name(a) for a in annotations if type(a.get("area")) not in _NUMBERS],
-        )
+        kind = "annotations without a number 'area', which COCO's metrics need"
+        bad = [_name(a) for a in annotations if type(a.get("area")) not in _NUMBERS]
+        findings.add(kind, bad)
     if masks:
-        findings.add(
-            "objects without 'segmentation', which MODEL.MASK_ON needs",
-            [_name(a) for a in annotations if not a.get("segmentation")],
-        )
+        kind = "objects without 'segmentation', which MODEL.MASK_ON needs"
+        findings.add(kind, [_name(a) for a in annotations if not a.get("segmentation")])
     _check_references(annotations, images, categories, findings)
     _check_boxes(annotations, images, findings)
     num_crowd = sum(1 for a in annotations if a.get("iscrowd", 0))

@@ -102,9 +102,16 @@ def _run(
     comm.synchronize()
     try:
         main(*args)
-    finally:
-        dist.destroy_process_group()
-        comm._LOCAL_PROCESS_GROUP = None  # a gloo group that outlives the others aborts at exit
+    except BaseException:
+        if backend == "gloo":  # NCCL would wait for the other ranks
+            _leave()
+        raise
+    _leave()
+
+
+def _leave() -> None:
+    dist.destroy_process_group()
+    comm._LOCAL_PROCESS_GROUP = None  # a gloo group that outlives the others aborts at exit
 
 
 def _create_local_group(local_size: int) -> None:

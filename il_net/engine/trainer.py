@@ -7,11 +7,10 @@ from collections.abc import Iterable
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import DefaultTrainer, SimpleTrainer, TrainerBase
+from detectron2.engine import DefaultTrainer, SimpleTrainer, TrainerBase, create_ddp_model
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ..checkpoint import Checkpointer
 from ..evaluation.build import build_evaluator
@@ -88,7 +87,10 @@ class Trainer(DefaultTrainer):
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
-        model = wrap_distributed(model)
+        on_cpu = next(model.parameters()).device.type == "cpu"
+        model = create_ddp_model(
+            model, broadcast_buffers=False, **({"device_ids": None} if on_cpu else {})
+        )
         self._trainer = TrainStep(model, data_loader, optimizer, amp_dtype=amp_dtype(cfg))
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
@@ -143,15 +145,3 @@ def check_batch_size(cfg: CfgNode) -> None:
             f"SOLVER.IMS_PER_BATCH {batch} is the batch of all processes together and must be a "
             f"multiple of their number, {processes}"
         )
-
-
-def wrap_distributed(model: nn.Module) -> nn.Module:
-    """DistributedDataParallel when there are several processes, on GPUs or on the CPU."""
-    if comm.get_world_size() == 1:
-        return model
-    on_cpu = next(model.parameters()).device.type == "cpu"
-    return DistributedDataParallel(
-        model,
-        device_ids=None if on_cpu else [comm.get_local_rank()],
-        broadcast_buffers=False,
-    )

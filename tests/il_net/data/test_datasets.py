@@ -523,7 +523,7 @@ def test_pictures_of_a_folder_or_glob(tmp_path, images, ids):
     write_pictures(tmp_path / "u")
     train = write_coco(tmp_path, "train", {1: "leaf"})
     entry = {"name": "more", "type": "images", "images": images}
-    register_datasets(make_cfg(train, entry, test=("more",)))
+    register_datasets(make_cfg(train, entry))
     root = tmp_path / ("u/a" if images == "u/a/*" else "u")
     expected = [{"file_name": str(root / i), "image_id": i} for i in ids]
     assert DatasetCatalog.get("more") == expected
@@ -542,11 +542,32 @@ def test_no_pictures(tmp_path, images):
     assert os.path.join(tmp_path, images) in str(e.value)
 
 
-def test_pictures_without_labels_are_not_for_training(tmp_path):
+@pytest.mark.parametrize("key", ["TRAIN", "TEST"])
+def test_pictures_without_labels_are_not_for_training_or_testing(tmp_path, key):
     write_pictures(tmp_path / "u")
+    train = write_coco(tmp_path, "train", {1: "leaf"})
     entry = {"name": "more", "type": "images", "images": "u"}
-    with pytest.raises(ValueError, match=r"DATASETS\.TRAIN: 'more' is of type images"):
-        register_datasets(make_cfg(entry, train=("more",)))
+    used = {"train": ("more",)} if key == "TRAIN" else {"test": ("more",)}
+    with pytest.raises(ValueError, match=rf"DATASETS\.{key}: 'more' is of type images"):
+        register_datasets(make_cfg(train, entry, **used))
+
+
+def test_voc_folder_has_no_masks(tmp_path):
+    cfg = make_cfg(write_voc(tmp_path / "v", "train", {"a": ["leaf"], "b": ["rust"]}))
+    cfg.MODEL.MASK_ON = True
+    with pytest.raises(ValueError, match=r"type voc and has no masks; set MODEL\.MASK_ON"):
+        register_datasets(cfg)
+
+
+def test_classes_of_a_finished_run(tmp_path):
+    train = write_coco(tmp_path, "train", {1: "leaf", 2: "rust"})
+    cfg = make_cfg(train)
+    register_datasets(cfg)
+    assert cfg.DATASETS.CLASSES == ("leaf", "rust")
+    register_datasets(cfg)  # its config.yaml used again
+    cfg.DATASETS.CLASSES = ("rust", "leaf")
+    with pytest.raises(ValueError, match=r"DATASETS\.CLASSES is \['rust', 'leaf'\]"):
+        register_datasets(cfg)
 
 
 # --- real data ---

@@ -21,7 +21,7 @@ LEAF = 1
 
 
 def read_tree(root: Path) -> dict[str, bytes]:
-    files = (path for path in root.rglob("*") if path.is_file())
+    files = (path for path in root.rglob("[!.]*") if path.is_file())
     return {str(path.relative_to(root)): path.read_bytes() for path in files}
 
 
@@ -294,6 +294,20 @@ def test_command_line_writes_both_splits(tmp_path, capsys):
     assert "train: 2 images" in capsys.readouterr().out
     direct = generate(tmp_path / "x", num_images=1, image_size=(64, 96), seed=4, name="val")
     assert (tmp_path / "val.json").read_bytes() == direct.json.read_bytes()
-    assert len(list((tmp_path / "train").iterdir())) == 2
+    assert len(list((tmp_path / "train").glob("*.jpg"))) == 2
     with pytest.raises(SystemExit):
         main(["--root", root, "--train", "0"])
+
+
+def test_foreign_files_are_not_replaced(tmp_path):
+    own = tmp_path / "train.json"
+    own.write_text("mine")
+    with pytest.raises(FileExistsError, match="train.json"):
+        generate(tmp_path, num_images=1, image_size=SIZE)
+    assert own.read_text() == "mine"
+    picture = tmp_path / "val" / "000000.jpg"
+    picture.parent.mkdir()
+    picture.write_text("mine")
+    with pytest.raises(FileExistsError, match="val"):
+        generate(tmp_path, num_images=1, image_size=SIZE, name="val")
+    assert picture.read_text() == "mine"

@@ -224,6 +224,19 @@ def test_test_file_may_lack_annotations(tmp_path):
     assert (report.num_annotations, report.num_images_without_annotations) == (0, 2)
 
 
+def test_masks_need_segmentation(tmp_path):
+    data = good_coco()
+    for annotation in data["annotations"]:
+        annotation["segmentation"] = [[0, 0, 5, 0, 5, 5]]
+    data["annotations"][2]["segmentation"] = []  # as sets with boxes only have it
+    check(tmp_path, data)
+    files = str(tmp_path / "data.json"), str(tmp_path / "pictures")
+    report = validate_coco(*files, labeled=True, masks=True)
+    assert [str(problem) for problem in report.fatal if "MODEL.MASK_ON" in str(problem)]
+    assert "annotation 13" in report.summary()
+    assert validate_coco(*files, labeled=True).problems == ()
+
+
 def test_scored_file_needs_areas(tmp_path):
     data = good_coco()
     check(tmp_path, data)

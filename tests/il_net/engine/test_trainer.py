@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from il_net.config import load_config
 from il_net.engine import trainer as trainer_module
-from il_net.engine.trainer import Trainer, TrainStep, amp_dtype, check_batch_size, wrap_distributed
+from il_net.engine.trainer import Trainer, TrainStep, amp_dtype, check_batch_size
 
 DTYPES = [None, torch.bfloat16, torch.float16]
 
@@ -208,11 +208,6 @@ def test_batch_that_cannot_be_shared(monkeypatch, batch, processes):
     message = str(error.value)
     assert f"SOLVER.IMS_PER_BATCH {batch} " in message
     assert str(processes) in message.split("IMS_PER_BATCH")[1].split("of all")[1]
-
-
-def test_one_process_needs_no_wrapper():
-    model = Line()
-    assert wrap_distributed(model) is model
 
 
 # ---- the whole trainer ----

@@ -22,7 +22,7 @@ from pycocotools import mask as coco_mask
 from .synthetic_drawing import CATEGORIES, LEAF, SUPERSAMPLE, render
 
 _MARKER = ".generated"  # in the picture folder: what is here may be replaced
-GENERATOR_VERSION = "2"  # raise it when the pictures change: cached ones are then drawn again
+GENERATOR_VERSION = "1"  # raise it when the pictures change: cached ones are then drawn again
 _MIN_SIDE = 64
 
 

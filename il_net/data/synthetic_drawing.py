@@ -336,7 +336,7 @@ def render(
     shape, unit = (size[0] * SUPERSAMPLE, size[1] * SUPERSAMPLE), SUPERSAMPLE * min(size) / 192
     owner = np.full(shape, -1, np.int16)
     canvas = _Canvas(_background(rng, shape, unit), owner, np.zeros(shape, bool), unit)
-    count = int(rng.choice((1, 2, 3, 4), p=(0.3, 0.3, 0.25, 0.15)))
+    count = int(rng.choice((1, 2, 3, 4), p=(0.32, 0.36, 0.24, 0.08)))
     full = [_add_leaf(rng, canvas, number, count) for number in range(count)]
     leaves, spots = [], []
     for number, area in enumerate(full):

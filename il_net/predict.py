@@ -8,11 +8,10 @@ import pycocotools.mask as mask_util
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import transforms
-from detectron2.data.catalog import Metadata
 from detectron2.data.detection_utils import convert_image_to_rgb, read_image
 from detectron2.modeling import build_model
-from detectron2.structures import BoxMode, Instances
-from detectron2.utils.visualizer import ColorMode, Visualizer
+from detectron2.structures import Boxes, BoxMode, Instances
+from detectron2.utils.visualizer import Visualizer
 from PIL import Image
 
 from .checkpoint import Checkpointer
@@ -72,27 +71,57 @@ def draw(
     Returns:
         (H * scale, W * scale, 3) uint8, BGR.
     """
-    visualizer = _visualizer(image, classes, scale)
-    return visualizer.draw_instance_predictions(instances).get_image()[:, :, ::-1]
+    categories = instances.pred_classes.tolist()
+    scores = instances.scores.tolist()
+    labels = [f"{classes[c]} {score:.0%}" for c, score in zip(categories, scores, strict=True)]
+    masks = np.asarray(instances.pred_masks) if instances.has("pred_masks") else None
+    return _overlay(image, classes, scale, categories, labels, instances.pred_boxes, masks)
 
 
 def draw_truth(
     image: np.ndarray, record: dict, classes: Sequence[str], scale: float = 1.0
 ) -> np.ndarray:
     """Like :func:`draw` for a Detectron2 dataset dict with ``annotations``."""
-    return _visualizer(image, classes, scale).draw_dataset_dict(record).get_image()[:, :, ::-1]
+    annotations = record["annotations"]
+    categories = [a["category_id"] for a in annotations]
+    boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
+    masks = [a.get("segmentation") for a in annotations]
+    return _overlay(
+        image,
+        classes,
+        scale,
+        categories,
+        [classes[c] for c in categories],
+        np.array(boxes).reshape(-1, 4),
+        masks if all(masks) else None,
+    )
 
 
-def _visualizer(image: np.ndarray, classes: Sequence[str], scale: float) -> Visualizer:
-    palette = [tuple(int(c) for c in color) for color in class_colors(len(classes))]
-    metadata = Metadata(thing_classes=list(classes), thing_colors=palette)
-    rgb = convert_image_to_rgb(image, "BGR")
-    return Visualizer(rgb, metadata, scale, instance_mode=ColorMode.SEGMENTATION)
+def _overlay(
+    image: np.ndarray,
+    classes: Sequence[str],
+    scale: float,
+    categories: Sequence[int],
+    labels: Sequence[str],
+    boxes: Boxes | np.ndarray,
+    masks: np.ndarray | list | None,
+) -> np.ndarray:
+    # Detectron2's own drawing of instances varies a class' colour and hides what is below.
+    palette = class_colors(len(classes)) / 255
+    visualizer = Visualizer(convert_image_to_rgb(image, "BGR"), scale=scale)
+    visualizer.overlay_instances(
+        boxes=boxes,
+        masks=masks,
+        labels=labels,
+        assigned_colors=[palette[c] for c in categories],
+        alpha=0.4,
+    )
+    return visualizer.get_output().get_image()[:, :, ::-1]
 
 
 def class_colors(count: int) -> np.ndarray:
     """``count`` distinct colours: (count, 3) uint8, RGB, the same on every call."""
-    hues = np.arange(count) * 0.618034 % 1.0  # golden ratio: neighbours differ
+    hues = (0.58 + np.arange(count) * 0.618034) % 1.0  # golden ratio: neighbours differ
     channels = np.abs((hues[:, None] * 6 + np.array([0, 4, 2])) % 6 - 3) - 1
     return (np.clip(channels, 0, 1) * 190 + 50).astype(np.uint8)
 

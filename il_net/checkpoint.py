@@ -5,6 +5,7 @@ import os
 import pickle
 import re
 from dataclasses import dataclass
+from urllib.error import URLError
 
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import Tensor
@@ -50,7 +51,13 @@ class Checkpointer(DetectionCheckpointer):
             path = lite0_file()
         elif path and "://" not in path and not os.path.isfile(path.split("?")[0]):
             raise FileNotFoundError(f"MODEL.WEIGHTS: there is no file {path}")
-        return super().load(path, *args, **kwargs)
+        try:
+            return super().load(path, *args, **kwargs)
+        except URLError as error:
+            raise FileNotFoundError(
+                f"MODEL.WEIGHTS {path} can't be downloaded: {error}. Without a network, name a file, "
+                "or take the backbone of configs/quickstart/Base-small.yaml"
+            ) from error
 
     def load_complete(self, path: str, min_matched: float = 0.9) -> None:
         """Load weights for evaluation or prediction, where a part of them is no use.

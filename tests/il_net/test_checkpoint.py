@@ -1,5 +1,7 @@
 """Loading weights: the ImageNet conversion against the package's own network, and the counts."""
 
+from urllib.error import URLError
+
 import pytest
 
 pytest.importorskip("detectron2")
@@ -102,6 +104,15 @@ def test_missing_file(tmp_path):
         with pytest.raises(FileNotFoundError, match=r"MODEL\.WEIGHTS") as error:
             load(path)
         assert path in str(error.value)
+
+
+def test_weights_that_cannot_be_downloaded(monkeypatch):
+    def no_network(*_, **__):
+        raise URLError("no network")
+
+    monkeypatch.setattr("detectron2.checkpoint.DetectionCheckpointer.load", no_network)
+    with pytest.raises(FileNotFoundError, match=r"MODEL\.WEIGHTS https://x/w.pth .*no network"):
+        Checkpointer(mlp()).load("https://x/w.pth")
 
 
 def test_training_without_weights_starts_from_scratch():

@@ -55,8 +55,8 @@ class Checkpointer(DetectionCheckpointer):
             return super().load(path, *args, **kwargs)
         except URLError as error:
             raise FileNotFoundError(
-                f"MODEL.WEIGHTS {path} can't be downloaded: {error}. Without a network, name a file, "
-                "or take the backbone of configs/quickstart/Base-small.yaml"
+                f"MODEL.WEIGHTS {path} can't be downloaded: {error}. Without a network, name a "
+                "file, or take the backbone of configs/quickstart/Base-small.yaml"
             ) from error
 
     def load_complete(self, path: str, min_matched: float = 0.9) -> None:

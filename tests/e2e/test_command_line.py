@@ -263,7 +263,7 @@ def test_prediction_of_a_video(run, trained, tmp_path):
     result = predict(run, trained, source, output)
     assert result.code == 0, result.output
     check_detections(output, {f"clip.avi#{n}": (64, 96) for n in range(3)})
-    written = cv2.VideoCapture(str(output / "clip.mp4"))
+    written = cv2.VideoCapture(str(output / "clip.avi.mp4"))
     assert written.get(cv2.CAP_PROP_FPS) == pytest.approx(5.0)
     frames = 0
     while written.read()[0]:
@@ -272,7 +272,8 @@ def test_prediction_of_a_video(run, trained, tmp_path):
 
 
 def test_prediction_with_the_weights_of_another_model_is_refused(run, trained, pictures, tmp_path):
-    """All counters of BatchNorm stay in: torch fills in those that a file lacks."""
+    """Of the numbers, not of the tensors, at least 90 % must be there. All counters of BatchNorm
+    stay in: torch fills in those that a file lacks."""
     weights = tmp_path / "other.pth"
     state = torch.load(trained[0] / "model_final.pth", weights_only=False)["model"]
     kept = {
@@ -286,7 +287,8 @@ def test_prediction_with_the_weights_of_another_model_is_refused(run, trained, p
     assert result.code != 0
     assert "Traceback" not in result.output
     assert result.last_line.startswith("error: ")
-    assert f"{len(kept)} of the model's {len(state)}" in result.last_line
+    matched, total = (sum(t.numel() for t in tensors.values()) for tensors in (kept, state))
+    assert f"{matched:,} of the model's {total:,}" in result.last_line
     assert str(weights) in result.last_line
     assert not output.exists()
 

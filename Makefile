@@ -21,7 +21,7 @@ help: ## show this list
 
 setup: $(STAMP) ## create .venv with pinned torch, Detectron2 and this project
 
-demo: $(STAMP) ## train, score and draw on generated images (about 10 minutes on two cores)
+demo: $(STAMP) ## train, score and draw on generated images (about nine minutes on two cores)
 	$(BIN) tools/demo.py $(DEMO_ARGS)
 
 test: lint ## ruff, then pytest; e.g. PYTEST_ARGS="-m 'not slow' -n 2"
@@ -36,7 +36,7 @@ lock: ## pin requirements/*.in again, with hashes (needs uv on the PATH)
 	$(LOCK) requirements/requirements.in -o requirements/lock.txt
 
 clean: ## remove build leftovers and caches; keeps .venv, output/ and datasets/
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
 	find il_net sbr_cnn tools tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is written last: an interrupted set-up starts again, a finished one is not repeated

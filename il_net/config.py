@@ -1,5 +1,6 @@
 """Configuration keys of ``il_net`` and the one way a configuration is read."""
 
+import contextlib
 import difflib
 import re
 from ast import literal_eval
@@ -61,7 +62,7 @@ def load_config(
     opts = list(opts)
     for i, key in enumerate(opts[::2]):
         if key in {f"DATASETS.{name}" for name in _NAME_TUPLES}:
-            opts[2 * i + 1] = _as_name_tuple(_literal(opts[2 * i + 1]), f"command line: {key}")
+            opts[2 * i + 1] = _as_name_tuple(opts[2 * i + 1], f"command line: {key}")
     _merge(cfg, lambda: cfg.merge_from_list(opts), "command line")
     if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
@@ -109,17 +110,11 @@ def _keys(node: CfgNode, prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{key}"
 
 
-def _literal(text: str) -> str | tuple | list:
-    try:
-        value = literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
-    return value if isinstance(value, (tuple, list)) else text
-
-
 def _as_name_tuple(value: str | list | tuple, key: str) -> tuple[str, ...]:
-    if isinstance(value, str):
-        value = _literal(value)
+    if isinstance(value, str) and value.strip().startswith(("(", "[", '"', "'")):
+        # Detectron2's own YAMLs write tuples as text: ("name",)
+        with contextlib.suppress(ValueError, SyntaxError):
+            value = literal_eval(value)
     names = (value,) if isinstance(value, str) else value
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{key} is a name or a list of names, got {value!r}")

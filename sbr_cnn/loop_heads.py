@@ -206,9 +206,13 @@ class LoopROIHeads(ROIHeads):
         boxes = [p.proposal_boxes for p in proposals]
         for loop in self.schedule.train:
             sample = self.label_and_sample(boxes, targets, loop)
-            loop_losses, boxes = self._train_boxes(maps, sample, loop)
+            loop_losses, predictions = self._train_boxes(maps, sample, loop)
+            resample = self.mask_on and self.interleaved
+            if resample or loop.number < len(self.schedule.order):
+                refined = self._refine(self.pairs[loop.pair], predictions, sample)
+                boxes = [b[~s.is_gt] for b, s in zip(refined, sample, strict=True)]
             if self.mask_on:
-                if self.interleaved:
+                if resample:
                     sample = self.label_and_sample(boxes, targets, loop)
                 loop_losses["loss_mask"] = self._train_masks(maps, sample, targets, loop)
             for name, loss in loop_losses.items():
@@ -265,15 +269,11 @@ class LoopROIHeads(ROIHeads):
 
     def _train_boxes(
         self, maps: list[Tensor], sample: list[Instances], loop: Loop
-    ) -> tuple[dict[str, Tensor], list[Boxes]]:
+    ) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor]]:
         pair = self.pairs[loop.pair]
         predictions = pair.predict_boxes(maps, [s.proposal_boxes for s in sample])
         with get_event_storage().name_scope(f"loop{loop.number}"):
-            losses = pair.box_predictor.losses(predictions, sample)
-        refined = self._refine(pair, predictions, sample)
-        return losses, [
-            boxes[~s.is_gt] for boxes, s in zip(refined, sample, strict=True)
-        ]
+            return pair.box_predictor.losses(predictions, sample), predictions
 
     @torch.no_grad()
     def _refine(

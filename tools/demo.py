@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Generate leaf pictures, train a small R3-CNN with GRoIE on them, score it and draw what it finds.
 
-python tools/demo.py [KEY VALUE ...]      (what `make demo` runs; about ten minutes on two cores)
+python tools/demo.py [KEY VALUE ...]      (what `make demo` runs; about nine minutes on two cores)
 """
 
 import os

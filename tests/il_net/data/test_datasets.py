@@ -23,15 +23,7 @@ DATA = REPO.parent / "shared" / "data"
 NUM_CLASSES = "MODEL.ROI_HEADS.NUM_CLASSES"
 
 
-@pytest.fixture(autouse=True)
-def _clean_catalogs(tmp_path, monkeypatch):
-    """Relative paths are under tmp_path; what a test registers is gone after it."""
-    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
-    before = set(DatasetCatalog)
-    yield
-    for name in set(DatasetCatalog) - before:
-        DatasetCatalog.pop(name)
-        MetadataCatalog.pop(name, None)
+pytestmark = pytest.mark.usefixtures("clean_catalogs")
 
 
 def make_cfg(*entries: object, train=("train",), test=(), num_classes: int = 0) -> CfgNode:

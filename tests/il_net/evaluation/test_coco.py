@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("detectron2")
 
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.structures import Boxes, Instances
 
 from il_net.config import load_config
@@ -23,15 +23,7 @@ SIDE = 200
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
-@pytest.fixture(autouse=True)
-def _clean_catalogs(tmp_path, monkeypatch):
-    """Relative paths are under tmp_path; what a test registers is gone after it."""
-    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
-    before = set(DatasetCatalog)
-    yield
-    for name in set(DatasetCatalog) - before:
-        DatasetCatalog.pop(name)
-        MetadataCatalog.pop(name, None)
+pytestmark = pytest.mark.usefixtures("clean_catalogs")
 
 
 def rectangle(x: float, y: float, w: float, h: float) -> list[list[float]]:

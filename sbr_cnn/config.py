@@ -25,6 +25,36 @@ def add_sbr_cnn_config(cfg: CfgNode) -> None:
     cfg.MODEL.GROIE.AGGREGATE = "sum"
     # A ReLU after the pre-module on every level, even without one (section 2.1's tables).
     cfg.MODEL.GROIE.EXTRA_RELU = False
+    # Heads of POST (or PRE) "attention" in the box and in the mask extractor.
+    cfg.MODEL.GROIE.ATTENTION_HEADS = (6, 6)
+
+    cfg.MODEL.FCC = CfgNode()
+    # FCCBoxHead's convolutions in place of the two FC layers, C -> C/2 -> C/4: "square" (7x7, the
+    # thesis' versions b and d), "rect" (7x3 then 3x7, narrower in the second of a pair: c and e),
+    # "rect_early" (narrower in the first: e').
+    cfg.MODEL.FCC.LAYERS = "square"
+    # A 7x7 non-local block before (NLb) and after (NLa) the convolutions.
+    cfg.MODEL.FCC.NON_LOCAL_BEFORE = False
+    cfg.MODEL.FCC.NON_LOCAL_AFTER = False
+
+    cfg.MODEL.MASK_IOU_HEAD = CfgNode()
+    # Predict each mask's IoU and rescale its score, for mask AP only (Mask Scoring R-CNN).
+    cfg.MODEL.MASK_IOU_HEAD.ENABLED = False
+    # Layers after the four convolutions: "fc" (two of 1024, the original) or FCC's, as above.
+    cfg.MODEL.MASK_IOU_HEAD.LAYERS = "fc"
+    cfg.MODEL.MASK_IOU_HEAD.NON_LOCAL_BEFORE = False
+    cfg.MODEL.MASK_IOU_HEAD.NON_LOCAL_AFTER = False
+    cfg.MODEL.MASK_IOU_HEAD.LOSS_WEIGHT = 0.5
+    # Where a predicted mask begins in the training target: a logit of 0.5 as all published code
+    # compares (probability 0.62), or with False a probability of 0.5.
+    cfg.MODEL.MASK_IOU_HEAD.THRESHOLD_LOGITS = True
+
+    cfg.MODEL.GC_BLOCK = CfgNode()
+    # Global-context blocks (GC-Net) in the bottlenecks of res2, res3, res4, res5, and the width
+    # inside a block relative to the stage's. Deformable convolution: Detectron2's own key
+    # MODEL.RESNETS.DEFORM_ON_PER_STAGE. Both are read by build_norm_resnet_fpn_backbone.
+    cfg.MODEL.GC_BLOCK.ON_PER_STAGE = [False, False, False, False]
+    cfg.MODEL.GC_BLOCK.RATIO = 0.25
 
     cfg.MODEL.ROI_LOOP_HEAD = CfgNode()
     # One letter per training loop, the head pair used in it: "aaa", "aab", "abab", "abc".
@@ -43,9 +73,28 @@ def add_sbr_cnn_config(cfg: CfgNode) -> None:
     # Mask head iterates t times in training loop t. False: once (section 2.2's published code).
     # Inference always iterates once per test loop.
     cfg.MODEL.ROI_LOOP_HEAD.MASK_LOOP = True
+    # Every mask head adds its convolution of the features fed back. False: the first pair's head
+    # has none (HTC).
+    cfg.MODEL.ROI_LOOP_HEAD.FIRST_FEEDBACK = True
     # Masks train on a new sample of the loop's refined boxes; False: on the box branch's sample.
     cfg.MODEL.ROI_LOOP_HEAD.INTERLEAVED = True
 
     cfg.MODEL.TIMM = CfgNode()
     # Any timm model with features_only support; read by build_timm_fpn_backbone.
     cfg.MODEL.TIMM.NAME = "tf_efficientnet_lite0"
+
+    cfg.MODEL.ROI_GRID_HEAD = CfgNode()
+    # GridROIHeads' grid branch (Grid R-CNN). Its RoI extractor, with keys as MODEL.ROI_BOX_HEAD's;
+    # the resolution is even, heat maps are twice as large.
+    cfg.MODEL.ROI_GRID_HEAD.EXTRACTOR = "single"
+    cfg.MODEL.ROI_GRID_HEAD.POOLER_RESOLUTION = 14
+    cfg.MODEL.ROI_GRID_HEAD.POOLER_SAMPLING_RATIO = 0
+    cfg.MODEL.ROI_GRID_HEAD.POOLER_TYPE = "ROIAlignV2"
+    # Convolutions, and features per grid point after them (a multiple of 4; there are 9 points).
+    cfg.MODEL.ROI_GRID_HEAD.NUM_CONV = 8
+    cfg.MODEL.ROI_GRID_HEAD.POINT_DIM = 64
+    cfg.MODEL.ROI_GRID_HEAD.LOSS_WEIGHT = 15.0
+    # Training: how far a positive's centre and sides change at random, relative to its sides
+    # ([0, 1)), and the most positives per process and step.
+    cfg.MODEL.ROI_GRID_HEAD.JITTER = 0.15
+    cfg.MODEL.ROI_GRID_HEAD.MAX_POSITIVES = 192

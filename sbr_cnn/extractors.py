@@ -12,12 +12,12 @@ from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.poolers import assign_boxes_to_levels, convert_boxes_to_pooler_format
 from detectron2.structures import Boxes
-from fvcore.nn.weight_init import c2_msra_fill
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import roi_align
 
 from .attention import NonLocal2d, RelativePositionAttention
+from .roi_convs import conv_relu, rectangular_pair
 
 EXTRACTORS = ("single", "random", "groie")
 MODULES = ("none", "conv", "rect", "non_local", "attention")
@@ -112,6 +112,7 @@ class GenericRoIExtractor(RoIExtractor):
         pre, post: (kind, kernel size) of the modules, see :func:`build_roi_module`.
         share_pre: one pre-module for all levels.
         aggregate: "sum", or "concat" followed by a 1x1 convolution L*C -> C with ReLU.
+        num_heads: of "attention" modules.
         extra_relu: a ReLU after the pre-module on every level, also without a pre-module
             (section 2.1's code generation; off in section 2.3's).
     """
@@ -124,6 +125,7 @@ class GenericRoIExtractor(RoIExtractor):
         post: tuple[str, int],
         share_pre: bool = True,
         aggregate: str = "sum",
+        num_heads: int = 6,
         extra_relu: bool = False,
         **kwargs,
     ) -> None:
@@ -132,13 +134,15 @@ class GenericRoIExtractor(RoIExtractor):
             raise ValueError(f"MODEL.GROIE.AGGREGATE is one of {AGGREGATES}, got {aggregate!r}")
         num_levels = len(self.strides)
         if share_pre or pre[0] == "none":
-            self.pre = build_roi_module(*pre, channels)
+            self.pre = build_roi_module(*pre, channels, num_heads)
         else:
-            self.pre = nn.ModuleList(build_roi_module(*pre, channels) for _ in range(num_levels))
+            self.pre = nn.ModuleList(
+                build_roi_module(*pre, channels, num_heads) for _ in range(num_levels)
+            )
         self.reduce = (
-            _conv_relu(num_levels * channels, channels, 1) if aggregate == "concat" else None
+            conv_relu(num_levels * channels, channels, 1) if aggregate == "concat" else None
         )
-        self.post = build_roi_module(*post, channels)
+        self.post = build_roi_module(*post, channels, num_heads)
         self.extra_relu = extra_relu
 
     def forward(self, features: list[Tensor], box_lists: list[Boxes]) -> Tensor:
@@ -158,7 +162,7 @@ class GenericRoIExtractor(RoIExtractor):
         return self.post(merged)
 
 
-def build_roi_module(kind: str, kernel_size: int, channels: int) -> nn.Module:
+def build_roi_module(kind: str, kernel_size: int, channels: int, num_heads: int = 6) -> nn.Module:
     """A pre- or post-module that keeps (R, C, S, S).
 
     Args:
@@ -166,6 +170,7 @@ def build_roi_module(kind: str, kernel_size: int, channels: int) -> nn.Module:
             (7, 3) then (3, 7), a non-local block, or relative-position attention.
         kernel_size: side of the square kernel (conv, non_local); ignored by the others.
         channels: C.
+        num_heads: of "attention".
 
     Raises:
         ValueError: unknown ``kind``, or an even kernel, which would change S.
@@ -178,33 +183,14 @@ def build_roi_module(kind: str, kernel_size: int, channels: int) -> nn.Module:
     if kind == "none":
         return nn.Identity()
     if kind == "conv":
-        return _conv_relu(channels, channels, kernel_size)
+        return conv_relu(channels, channels, kernel_size)
     if kind == "rect":
         return nn.Sequential(*rectangular_pair(channels, channels, channels))
     if kind == "non_local":
         return NonLocal2d(channels, kernel_size)
     if kind == "attention":
-        return RelativePositionAttention(channels)
+        return RelativePositionAttention(channels, num_heads)
     raise ValueError(f"MODEL.GROIE.PRE and POST are one of {MODULES}, got {kind!r}")
-
-
-def rectangular_pair(channels: int, middle: int, out: int) -> list[nn.Module]:
-    """(7 high, 3 wide) then (3, 7) convolution, each with ReLU; a 7x7 map becomes 3x7, then 7x7.
-
-    Differs from the thesis' text (padding 3, then 1): all published configs pad 1, then 3, which
-    is also what its reported speed fits.
-    """
-    return [*_conv_relu(channels, middle, (7, 3), 1), *_conv_relu(middle, out, (3, 7), 3)]
-
-
-def _conv_relu(
-    channels: int, out: int, kernel: int | tuple[int, int], padding: int | None = None
-) -> nn.Sequential:
-    if padding is None:
-        padding = kernel // 2
-    conv = nn.Conv2d(channels, out, kernel, padding=padding)
-    c2_msra_fill(conv)
-    return nn.Sequential(conv, nn.ReLU())
 
 
 def build_roi_extractor(
@@ -237,12 +223,14 @@ def build_roi_extractor(
         return SingleLevelExtractor(level_choice="random", **common)
     if head.EXTRACTOR == "groie":
         groie = cfg.MODEL.GROIE
+        box_heads, mask_heads = groie.ATTENTION_HEADS
         return GenericRoIExtractor(
             channels=shapes[0].channels,
             pre=(groie.PRE, groie.PRE_KERNEL),
             post=(groie.POST, groie.POST_KERNEL),
             share_pre=groie.SHARE_PRE,
             aggregate=groie.AGGREGATE,
+            num_heads=box_heads if head is cfg.MODEL.ROI_BOX_HEAD else mask_heads,
             extra_relu=groie.EXTRA_RELU,
             **common,
         )

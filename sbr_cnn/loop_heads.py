@@ -1,4 +1,4 @@
-"""RoI heads: Detectron2's with any extractor, and the looped heads of R3-CNN.
+"""The looped RoI heads of R3-CNN, SBR-CNN and HTC.
 
 Thesis section 2.2: the same box and mask heads run several times over boxes that each loop
 refines, against a rising IoU threshold.
@@ -6,102 +6,24 @@ refines, against a rising IoU threshold.
 Shape shorthand: N images, R boxes of all images, K classes, C channels.
 """
 
+import re
+
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import ROI_HEADS_REGISTRY, build_box_head, build_mask_head
-from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.modeling import ROI_HEADS_REGISTRY
 from detectron2.modeling.matcher import Matcher
-from detectron2.modeling.roi_heads import FastRCNNOutputLayers, ROIHeads, StandardROIHeads
+from detectron2.modeling.roi_heads import ROIHeads
 from detectron2.modeling.roi_heads.roi_heads import select_foreground_proposals
 from detectron2.modeling.sampling import subsample_labels
 from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
-from .extractors import build_roi_extractor
-from .mask_heads import LoopMaskHead, crop_masks, mask_loss, select_class
+from .head_pair import HeadPair
+from .mask_heads import select_class, train_masks
+from .mask_iou import MaskIoUHead, build_mask_iou_head
 from .schedule import Loop, LoopSchedule
-
-
-@ROI_HEADS_REGISTRY.register()
-class ExtractorROIHeads(StandardROIHeads):
-    """Detectron2's ``StandardROIHeads`` with the extractors that ``EXTRACTOR`` names.
-
-    With "single" everywhere it computes what its parent does.
-    """
-
-    @classmethod
-    def _init_box_head(cls, cfg, input_shape):
-        parts = super()._init_box_head(cfg, input_shape)
-        parts["box_pooler"] = build_roi_extractor(cfg, cfg.MODEL.ROI_BOX_HEAD, input_shape)
-        return parts
-
-    @classmethod
-    def _init_mask_head(cls, cfg, input_shape):
-        parts = super()._init_mask_head(cfg, input_shape)
-        if parts:
-            parts["mask_pooler"] = build_roi_extractor(cfg, cfg.MODEL.ROI_MASK_HEAD, input_shape)
-        return parts
-
-
-class HeadPair(nn.Module):
-    """One letter of the schedule: box branch and mask branch with their own extractors.
-
-    Args:
-        box_pooler, box_head, box_predictor: as in Detectron2's ``StandardROIHeads``; the
-            predictor is class-agnostic for boxes.
-        mask_pooler, mask_head: a ``LoopMaskHead`` and its extractor; None without masks.
-    """
-
-    def __init__(
-        self,
-        *,
-        box_pooler: nn.Module,
-        box_head: nn.Module,
-        box_predictor: FastRCNNOutputLayers,
-        mask_pooler: nn.Module | None = None,
-        mask_head: nn.Module | None = None,
-    ) -> None:
-        super().__init__()
-        self.box_pooler = box_pooler
-        self.box_head = box_head
-        self.box_predictor = box_predictor
-        self.mask_pooler = mask_pooler
-        self.mask_head = mask_head
-
-    @classmethod
-    def from_config(
-        cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec], box_reg_weights: tuple[float, ...]
-    ) -> "HeadPair":
-        """Build one pair; ``box_reg_weights`` are its box coder's."""
-        channels = input_shape[cfg.MODEL.ROI_HEADS.IN_FEATURES[0]].channels
-        side = cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION
-        box_head = build_box_head(cfg, ShapeSpec(channels=channels, height=side, width=side))
-        parts = {
-            "box_pooler": build_roi_extractor(cfg, cfg.MODEL.ROI_BOX_HEAD, input_shape),
-            "box_head": box_head,
-            "box_predictor": FastRCNNOutputLayers(
-                cfg, box_head.output_shape, box2box_transform=Box2BoxTransform(box_reg_weights)
-            ),
-        }
-        if cfg.MODEL.MASK_ON:
-            side = cfg.MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION
-            shape = ShapeSpec(channels=channels, height=side, width=side)
-            parts["mask_pooler"] = build_roi_extractor(cfg, cfg.MODEL.ROI_MASK_HEAD, input_shape)
-            parts["mask_head"] = build_mask_head(cfg, shape)
-            if not isinstance(parts["mask_head"], LoopMaskHead):
-                raise ValueError(
-                    "LoopROIHeads needs MODEL.ROI_MASK_HEAD.NAME: LoopMaskHead, got "
-                    f"{cfg.MODEL.ROI_MASK_HEAD.NAME}"
-                )
-        return cls(**parts)
-
-    def predict_boxes(
-        self, features: list[Tensor], boxes: list[Boxes]
-    ) -> tuple[Tensor, Tensor]:
-        """Class logits (R, K + 1) and box deltas (R, 4) of the given boxes."""
-        return self.box_predictor(self.box_head(self.box_pooler(features, boxes)))
 
 
 @ROI_HEADS_REGISTRY.register()
@@ -117,6 +39,9 @@ class LoopROIHeads(ROIHeads):
     softmax; the boxes are the last loop's; the mask head iterates once per loop on the final
     boxes and its probabilities are averaged.
 
+    With "abc" and a first mask head without C1 this is HTC: the mask of loop t runs heads 1 to
+    t - 1 for their features only, then head t.
+
     Differs from Detectron2's ``CascadeROIHeads``: re-samples in every loop, averages logits, does
     not scale gradients, trains masks in every loop.
 
@@ -124,6 +49,8 @@ class LoopROIHeads(ROIHeads):
         in_features: names of the feature maps, finest first.
         pairs: the head pair of each letter of the schedule.
         schedule: the loops.
+        mask_iou_head: one for all pairs; trained in the last loop, not scaled by alpha; the
+            detections carry ``mask_scores``.
         mask_loop: iterate the mask head t times in training loop t.
         interleaved: train masks on a new sample of the refined boxes.
         **kwargs: see Detectron2's ``ROIHeads``; ``proposal_matcher``
@@ -138,6 +65,7 @@ class LoopROIHeads(ROIHeads):
         in_features: list[str],
         pairs: dict[str, HeadPair],
         schedule: LoopSchedule,
+        mask_iou_head: MaskIoUHead | None = None,
         mask_loop: bool = True,
         interleaved: bool = True,
         **kwargs,
@@ -146,6 +74,7 @@ class LoopROIHeads(ROIHeads):
         self.in_features = in_features
         self.pairs = nn.ModuleDict(pairs)
         self.schedule = schedule
+        self.mask_iou_head = mask_iou_head
         self.mask_loop = mask_loop
         self.interleaved = interleaved
         self.mask_on = self.pairs["a"].mask_head is not None
@@ -162,19 +91,50 @@ class LoopROIHeads(ROIHeads):
                 f"MODEL.ROI_LOOP_HEAD.BBOX_REG_WEIGHTS has {len(node.BBOX_REG_WEIGHTS)} entries, "
                 f"MODEL.ROI_LOOP_HEAD.ORDER {node.ORDER!r} needs {len(schedule.pairs)}"
             )
+        if not node.FIRST_FEEDBACK and "a" in node.ORDER[1:]:
+            raise ValueError(
+                "MODEL.ROI_LOOP_HEAD.FIRST_FEEDBACK False lets the first pair's mask head ignore "
+                f"the loops before; MODEL.ROI_LOOP_HEAD.ORDER {node.ORDER!r} uses it again"
+            )
         ret = super().from_config(cfg)
         del ret["proposal_matcher"]
+        in_features = cfg.MODEL.ROI_HEADS.IN_FEATURES
+        pairs = {
+            letter: HeadPair.from_config(cfg, input_shape, tuple(weights))
+            for letter, weights in zip(schedule.pairs, node.BBOX_REG_WEIGHTS, strict=False)
+        }
+        if cfg.MODEL.MASK_ON and not node.FIRST_FEEDBACK:
+            pairs["a"].mask_head.drop_feedback()
         ret.update(
-            in_features=cfg.MODEL.ROI_HEADS.IN_FEATURES,
-            pairs={
-                letter: HeadPair.from_config(cfg, input_shape, tuple(weights))
-                for letter, weights in zip(schedule.pairs, node.BBOX_REG_WEIGHTS, strict=False)
-            },
+            in_features=in_features,
+            pairs=pairs,
             schedule=schedule,
+            mask_iou_head=build_mask_iou_head(cfg, input_shape[in_features[0]].channels),
             mask_loop=node.MASK_LOOP,
             interleaved=node.INTERLEAVED,
         )
         return ret
+
+    def adopt_state(self, state: dict[str, Tensor], prefix: str) -> None:
+        """Rename the tensors of heads without pairs (Detectron2's, ``ExtractorROIHeads``).
+
+        ``box_head.fc1.weight`` goes to every pair; ``box_head.0.fc1.weight`` of a cascade's
+        first stage to the first pair, and so on.
+
+        Args:
+            state: a checkpoint's tensors, changed in place.
+            prefix: what comes before this module's names, with a dot at its end.
+        """
+        if any(name.startswith(f"{prefix}pairs.") for name in state):
+            return
+        branches = "box_pooler|box_head|box_predictor|mask_pooler|mask_head"
+        pattern = re.compile(rf"{re.escape(prefix)}((?:{branches})\.)(?:(\d+)\.)?(.+)")
+        letters = list(self.pairs)
+        for match in filter(None, map(pattern.fullmatch, list(state))):
+            branch, stage, rest = match.groups()
+            tensor = state.pop(match[0])
+            for letter in letters if stage is None else letters[int(stage) :][:1]:
+                state[f"{prefix}pairs.{letter}.{branch}{rest}"] = tensor
 
     def forward(
         self,
@@ -214,7 +174,9 @@ class LoopROIHeads(ROIHeads):
             if self.mask_on:
                 if resample:
                     sample = self.label_and_sample(boxes, targets, loop)
-                loop_losses["loss_mask"] = self._train_masks(maps, sample, targets, loop)
+                loop_losses |= self._train_masks(maps, sample, targets, loop)
+            if "loss_mask_iou" in loop_losses:
+                losses["loss_mask_iou"] = loop_losses.pop("loss_mask_iou")
             for name, loss in loop_losses.items():
                 losses[f"{name}_loop{loop.number}"] = loss * loop.loss_weight
         return losses
@@ -257,9 +219,7 @@ class LoopROIHeads(ROIHeads):
             sample.gt_index = index[chosen]
             sample.is_gt = is_gt[chosen]
             # Without ground truth all is background: any box of the right shape will do.
-            sample.gt_boxes = (
-                target.gt_boxes[sample.gt_index] if num_gt else sample.proposal_boxes
-            )
+            sample.gt_boxes = target.gt_boxes[sample.gt_index] if num_gt else sample.proposal_boxes
             samples.append(sample)
             num_positive += len(positive)
         get_event_storage().put_scalar(
@@ -291,7 +251,7 @@ class LoopROIHeads(ROIHeads):
         sample: list[Instances],
         targets: list[Instances],
         loop: Loop,
-    ) -> Tensor:
+    ) -> dict[str, Tensor]:
         pair = self.pairs[loop.pair]
         positives, _ = select_foreground_proposals(sample, self.num_classes)
         x = pair.mask_pooler(maps, [p.proposal_boxes for p in positives])
@@ -299,15 +259,10 @@ class LoopROIHeads(ROIHeads):
         features = None
         for letter in order:
             features = self.pairs[letter].mask_head.iterate(x, features)
-        logits = pair.mask_head.logits(features)
-        side = logits.shape[-1]
-        crops = [
-            crop_masks(target.gt_masks, p.proposal_boxes, p.gt_index, side)
-            for p, target in zip(positives, targets, strict=True)
-            if len(p)
-        ]
-        classes = torch.cat([p.gt_classes for p in positives])
-        return mask_loss(logits, classes, torch.cat(crops) if crops else logits.new_zeros(0))
+        masks = [t.gt_masks if t.has("gt_masks") else None for t in targets]
+        last = loop.number == len(self.schedule.order)
+        iou_head = self.mask_iou_head if last else None
+        return train_masks(x, pair.mask_head.logits(features), positives, masks, iou_head)
 
     # ---- inference ----
 
@@ -341,9 +296,12 @@ class LoopROIHeads(ROIHeads):
         for letter in order:
             head = self.pairs[letter].mask_head
             features = head.iterate(x, features)
-            probabilities = probabilities + select_class(head.logits(features), classes).sigmoid()
+            logits = select_class(head.logits(features), classes)
+            probabilities = probabilities + logits.sigmoid()
         masks = (probabilities / len(order))[:, None]
         per_image = masks.split([len(i) for i in instances])
         for image, image_masks in zip(instances, per_image, strict=True):
             image.pred_masks = image_masks  # (R_i, 1, M, M), as Detectron2's mask heads give
+        if self.mask_iou_head is not None:
+            self.mask_iou_head.rescore(x, logits, instances)
         return instances

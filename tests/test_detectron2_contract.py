@@ -25,6 +25,7 @@ from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.roi_heads import FastRCNNOutputLayers, ROIHeads, StandardROIHeads
 from detectron2.modeling.roi_heads.mask_head import MaskRCNNConvUpsampleHead
 from detectron2.modeling.sampling import subsample_labels
+from detectron2.solver.build import GradientClipType
 from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
@@ -109,8 +110,14 @@ def parameters(function: object) -> list[str]:
         (DetectionCheckpointer.load, ["self", "path"]),
         (DetectionCheckpointer._load_file, ["self", "filename"]),
         (DetectionCheckpointer._load_model, ["self", "checkpoint"]),
+        (DetectionCheckpointer._convert_ndarray_to_tensor, ["self", "state_dict"]),
+        (DetectionCheckpointer._log_incompatible_keys, ["self", "incompatible"]),
         (DetectionCheckpointer.has_checkpoint, ["self"]),
         (DetectionCheckpointer.get_checkpoint_file, ["self"]),
+        (COCOEvaluator.process, ["self", "inputs", "outputs"]),
+        (COCOEvaluator.evaluate, ["self", "img_ids"]),
+        (COCOEvaluator._eval_predictions, ["self", "predictions", "img_ids"]),
+        (COCOEvaluator._tasks_from_predictions, ["self", "predictions"]),
         (COCOEvaluator._derive_coco_results, ["self", "coco_eval", "iou_type", "class_names"]),
         (StandardROIHeads._init_box_head, ["cfg", "input_shape"]),
         (StandardROIHeads._init_mask_head, ["cfg", "input_shape"]),
@@ -159,6 +166,12 @@ def test_class_methods_are_class_methods():
 def test_coco_evaluator_can_use_plain_pycocotools():
     assert "use_fast_impl" in parameters(COCOEvaluator.__init__)
     assert {"output_dir", "tasks"} <= set(parameters(COCOEvaluator.__init__))
+
+
+def test_gradient_clipping_keys_are_those_we_read():
+    clip = get_cfg().SOLVER.CLIP_GRADIENTS
+    assert {"ENABLED", "CLIP_TYPE", "CLIP_VALUE", "NORM_TYPE"} <= set(clip)
+    assert {kind.value for kind in GradientClipType} >= {"value", "norm"}
 
 
 class Losses(torch.nn.Module):

@@ -18,6 +18,8 @@ from ..evaluation.build import build_evaluator
 logger = logging.getLogger(__name__)
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# Detectron2's, and the norm of all gradients together (thesis section 2.1: at most 35).
+CLIP_TYPES = ("value", "norm", "full_model")
 
 
 class TrainStep(SimpleTrainer):
@@ -121,6 +123,34 @@ class Trainer(DefaultTrainer):
             self._trainer.load_state_dict(state_dict["_trainer"])
         else:
             logger.warning("The checkpoint holds no optimizer state: momentum starts at zero")
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        """Detectron2's; ``CLIP_TYPE: "full_model"`` clips the norm of all gradients together.
+
+        Raises:
+            ValueError: ``SOLVER.CLIP_GRADIENTS.CLIP_TYPE`` is none of ``CLIP_TYPES``.
+        """
+        clip = cfg.SOLVER.CLIP_GRADIENTS
+        if clip.CLIP_TYPE not in CLIP_TYPES:
+            raise ValueError(
+                f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE is one of {list(CLIP_TYPES)}, "
+                f"got {clip.CLIP_TYPE!r}"
+            )
+        if not clip.ENABLED or clip.CLIP_TYPE != "full_model":
+            return super().build_optimizer(cfg, model)
+        plain = cfg.clone()
+        plain.defrost()
+        plain.SOLVER.CLIP_GRADIENTS.ENABLED = False
+        optimizer = super().build_optimizer(plain, model)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+        def clip_all(*_: object) -> None:
+            nn.utils.clip_grad_norm_(parameters, clip.CLIP_VALUE, clip.NORM_TYPE)
+
+        # Inside the optimizer's step, as Detectron2 clips: fp16's loss scale is undone by then.
+        optimizer.register_step_pre_hook(clip_all)
+        return optimizer
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:

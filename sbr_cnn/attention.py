@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .roi_convs import RoIConv2d, roi_conv2d
+
 
 class NonLocal2d(nn.Module):
     """Embedded-Gaussian non-local block whose four convolutions have a free kernel size.
@@ -36,10 +38,10 @@ class NonLocal2d(nn.Module):
             )
         inner = channels // 2
         padding = kernel_size // 2
-        self.theta = nn.Conv2d(channels, inner, kernel_size, padding=padding)
-        self.phi = nn.Conv2d(channels, inner, kernel_size, padding=padding)
-        self.g = nn.Conv2d(channels, inner, kernel_size, padding=padding)
-        self.conv_out = nn.Conv2d(inner, channels, kernel_size, padding=padding)
+        self.theta = RoIConv2d(channels, inner, kernel_size, padding=padding)
+        self.phi = RoIConv2d(channels, inner, kernel_size, padding=padding)
+        self.g = RoIConv2d(channels, inner, kernel_size, padding=padding)
+        self.conv_out = RoIConv2d(inner, channels, kernel_size, padding=padding)
         for conv in (self.theta, self.phi, self.g):
             nn.init.normal_(conv.weight, std=0.01)
             nn.init.zeros_(conv.bias)
@@ -49,10 +51,14 @@ class NonLocal2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (R, C, H, W) to the same shape."""
         height, width = x.shape[-2:]
-        # One attention head over the H*W positions: (R, 1, H*W, D).
+        # Three convolutions of the same map in one pass: (R, 3 * D, H, W).
+        convs = (self.theta, self.phi, self.g)
+        weight, bias = (torch.cat([getattr(c, name) for c in convs]) for name in ("weight", "bias"))
+        embedded = roi_conv2d(x, weight, bias, self.theta.padding)
+        # One attention head over the H*W positions: (R, 1, H*W, D), laid out for fused kernels.
         query, key, value = (
-            conv(x).flatten(2).transpose(1, 2).unsqueeze(1).contiguous()  # as fused kernels want it
-            for conv in (self.theta, self.phi, self.g)
+            part.flatten(2).transpose(1, 2).unsqueeze(1).contiguous()
+            for part in embedded.chunk(3, dim=1)
         )
         attended = F.scaled_dot_product_attention(query, key, value)
         attended = attended.squeeze(1).transpose(1, 2).unflatten(2, (height, width))

@@ -3,8 +3,31 @@
 Thesis sections 2.1.3, 2.3.4 and 2.3.5. Shape shorthand: R RoIs, C channels.
 """
 
+import torch
 from fvcore.nn.weight_init import c2_msra_fill
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .fourier import fourier_conv2d, fourier_gain
+
+# From this many times fewer multiplications the frequency domain was faster (docs/benchmarks.md).
+MIN_GAIN = 2.0
+
+
+def roi_conv2d(x: Tensor, weight: Tensor, bias: Tensor, padding: tuple[int, int]) -> Tensor:
+    """``F.conv2d`` with stride 1; in fp32 on the CPU over frequencies where that is faster."""
+    direct = x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
+    if direct or fourier_gain(x, weight, padding) < MIN_GAIN:
+        return F.conv2d(x, weight, bias, padding=padding)
+    return fourier_conv2d(x, weight, padding) + bias[:, None, None]
+
+
+class RoIConv2d(nn.Conv2d):
+    """``nn.Conv2d`` with stride 1 and zero padding, computed by :func:`roi_conv2d`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(R, C, h, w) to (R, out_channels, h', w')."""
+        return roi_conv2d(x, self.weight, self.bias, self.padding)
 
 
 def conv_relu(
@@ -13,7 +36,7 @@ def conv_relu(
     """Convolution with bias (Kaiming-normal, fan out) and ReLU; by default S is kept."""
     if padding is None:
         padding = kernel // 2
-    conv = nn.Conv2d(channels, out, kernel, padding=padding)
+    conv = RoIConv2d(channels, out, kernel, padding=padding)
     c2_msra_fill(conv)
     return nn.Sequential(conv, nn.ReLU())
 

@@ -1,56 +1,23 @@
-"""Backbones: ResNet-FPN with a choice of BatchNorm, and any timm model with FPN.
+"""Backbones with FPN: the ResNet of this package, and any timm model.
 
-Thesis section 2.1: the baselines keep BatchNorm's running statistics fixed and train its affine
-parameters, which Detectron2 does not offer.
+Thesis section 2.1: all detectors stand on ResNet-50 with FPN.
 """
 
 from types import ModuleType
 
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_resnet_backbone
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from detectron2.modeling.backbone.fpn import FPN, LastLevelMaxPool
 from torch import Tensor, nn
 
-# The additional value of MODEL.RESNETS.NORM: fixed running statistics, trainable affine.
-FROZEN_STATS = "FrozenStatsBN"
-
-
-class FrozenStatsBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm that always normalises with its running statistics; weight and bias train."""
-
-    def train(self, mode: bool = True) -> "FrozenStatsBatchNorm2d":
-        """Stay in evaluation mode whatever ``mode`` is."""
-        return super().train(False)
-
-    @classmethod
-    def convert(cls, module: nn.Module) -> nn.Module:
-        """Turn every ``nn.BatchNorm2d`` inside ``module`` into this class, in place.
-
-        The modules keep their parameters, buffers and names; subclasses of BatchNorm that do
-        more than normalise are left alone.
-        """
-        for layer in module.modules():
-            if type(layer) is nn.BatchNorm2d:
-                layer.__class__ = cls
-                layer.train(False)
-        return module
+from .resnet import block_stages, build_resnet
 
 
 @BACKBONE_REGISTRY.register()
 def build_norm_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """Detectron2's ``build_resnet_fpn_backbone`` plus ``MODEL.RESNETS.NORM: "FrozenStatsBN"``.
-
-    Layers that ``MODEL.BACKBONE.FREEZE_AT`` freezes are frozen whole, affine included.
-    """
-    if cfg.MODEL.RESNETS.NORM == FROZEN_STATS:
-        plain = cfg.clone()
-        plain.defrost()
-        plain.MODEL.RESNETS.NORM = "BN"
-        bottom_up = FrozenStatsBatchNorm2d.convert(build_resnet_backbone(plain, input_shape))
-    else:
-        bottom_up = build_resnet_backbone(cfg, input_shape)
-    return _build_fpn(cfg, bottom_up)
+    """Detectron2's ``build_resnet_fpn_backbone`` with :func:`sbr_cnn.resnet.build_resnet` below."""
+    return _build_fpn(cfg, build_resnet(cfg, input_shape))
 
 
 class TimmBackbone(Backbone):
@@ -160,7 +127,17 @@ class TimmBackbone(Backbone):
 
 @BACKBONE_REGISTRY.register()
 def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """FPN over the timm model ``MODEL.TIMM.NAME``; widths as in ``MODEL.FPN``."""
+    """FPN over the timm model ``MODEL.TIMM.NAME``; widths as in ``MODEL.FPN``.
+
+    Raises:
+        ValueError: a block that only ResNets get is asked for.
+    """
+    for key, stages in block_stages(cfg).items():
+        if any(stages):
+            raise ValueError(
+                f"{key} is {list(stages)}, but MODEL.BACKBONE.NAME is build_timm_fpn_backbone; "
+                "set all to False or take build_norm_resnet_fpn_backbone"
+            )
     return _build_fpn(cfg, TimmBackbone(cfg, input_shape))
 
 

@@ -25,7 +25,7 @@ def add_sbr_cnn_config(cfg: CfgNode) -> None:
     cfg.MODEL.GROIE.AGGREGATE = "sum"
     # A ReLU after the pre-module on every level, even without one (section 2.1's tables).
     cfg.MODEL.GROIE.EXTRA_RELU = False
-    # Heads of POST (or PRE) "attention" in the box and in the mask extractor.
+    # Heads of POST (or PRE) "attention" in the box and in the mask (or grid) extractor.
     cfg.MODEL.GROIE.ATTENTION_HEADS = (6, 6)
 
     cfg.MODEL.FCC = CfgNode()

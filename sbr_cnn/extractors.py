@@ -200,7 +200,7 @@ def build_roi_extractor(
 
     Args:
         cfg: the whole configuration.
-        head: ``cfg.MODEL.ROI_BOX_HEAD`` or ``cfg.MODEL.ROI_MASK_HEAD``.
+        head: ``cfg.MODEL.ROI_BOX_HEAD``, ``ROI_MASK_HEAD`` or ``ROI_GRID_HEAD``.
         input_shape: channels and stride of every feature map.
 
     Raises:
@@ -235,6 +235,6 @@ def build_roi_extractor(
             **common,
         )
     raise ValueError(
-        f"MODEL.ROI_BOX_HEAD.EXTRACTOR and MODEL.ROI_MASK_HEAD.EXTRACTOR are one of {EXTRACTORS}, "
-        f"got {head.EXTRACTOR!r}"
+        "EXTRACTOR of MODEL.ROI_BOX_HEAD, ROI_MASK_HEAD and ROI_GRID_HEAD is one of "
+        f"{EXTRACTORS}, got {head.EXTRACTOR!r}"
     )

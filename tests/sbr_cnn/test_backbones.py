@@ -6,7 +6,8 @@ from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import build_backbone
 from torch import nn
 
-from sbr_cnn.backbones import FrozenStatsBatchNorm2d, TimmBackbone
+from sbr_cnn.backbones import TimmBackbone
+from sbr_cnn.resnet import FrozenStatsBatchNorm2d
 
 RGB = ShapeSpec(channels=3)
 LITE = "tf_efficientnet_lite0"
@@ -260,3 +261,12 @@ def test_timm_fpn_from_the_configuration(make_config):
     assert frozen_names(model.bottom_up)
     maps = model(torch.zeros(1, 3, 64, 64))
     assert [maps[f"p{i}"].shape[-1] for i in range(2, 7)] == [16, 8, 4, 2, 1]
+
+
+@pytest.mark.parametrize(
+    "key", ["MODEL.GC_BLOCK.ON_PER_STAGE", "MODEL.RESNETS.DEFORM_ON_PER_STAGE"]
+)
+def test_timm_models_get_no_blocks_of_resnets(key, make_config):
+    cfg = make_config("MODEL.BACKBONE.NAME", "build_timm_fpn_backbone", key, [False] * 3 + [True])
+    with pytest.raises(ValueError, match=f"{key} .*build_timm_fpn_backbone.*False"):
+        build_backbone(cfg, RGB)

@@ -1,0 +1,358 @@
+"""configs/thesis_tables.yaml: complete, consistent, and every row's parameters as printed.
+
+Expected values are the thesis' own columns and sentences (tables 2.1 to 2.20), or arithmetic.
+"""
+
+import importlib
+from collections import defaultdict
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import yaml
+
+pytest.importorskip("detectron2")
+
+REPO = Path(__file__).parents[1]
+FILE = REPO / "configs" / "thesis_tables.yaml"
+TABLES = {
+    **{"2.1": 3, "2.2": 4, "2.3": 6, "2.4": 6, "2.5": 8, "2.6": 6, "2.7": 6, "2.8": 5, "2.9": 11},
+    **{"2.10": 8, "2.11": 5, "2.12": 5, "2.13": 6, "2.14": 8, "2.15": 12, "2.16": 12},
+    **{"2.17": 7, "2.18": 7, "2.19": 2, "2.20": 10},
+}
+ALL_AP = ["AP", "AP50", "AP75", "APs", "APm", "APl"]
+LOOP = "MODEL.ROI_LOOP_HEAD."
+
+
+@pytest.fixture(scope="module")
+def tables() -> ModuleType:
+    """tools/thesis_tables.py as a module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(REPO / "tools")
+        yield importlib.import_module("thesis_tables")
+
+
+@pytest.fixture(scope="module")
+def rows(tables):
+    return tables.read_rows()
+
+
+@pytest.fixture(scope="module")
+def configs(rows):
+    """The resolved configuration of every row that has one."""
+    return {row.id: row.resolve([]) for row in rows.values() if not row.external}
+
+
+@pytest.fixture(scope="module")
+def counter(tables):
+    return tables.ParameterCounter()
+
+
+# ---- the file ----
+
+
+class StrictLoader(yaml.SafeLoader):
+    """Refuses a key that is there twice, of which YAML takes the last."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key) for key, _ in node.value]
+        assert len(keys) == len(set(keys)), f"{node.start_mark}: a key twice in {keys}"
+        return super().construct_mapping(node, deep)
+
+
+def test_no_key_is_there_twice():
+    with pytest.raises(AssertionError, match="twice"):
+        yaml.load("{A: 1, A: 2}", StrictLoader)
+    assert yaml.load(FILE.read_text(), StrictLoader)
+
+
+def test_every_row_of_every_table_is_there(rows):
+    assert list(rows) == [f"{t}/{n}" for t, count in TABLES.items() for n in range(1, count + 1)]
+
+
+def test_every_group_and_note_is_used():
+    content = yaml.safe_load(FILE.read_text())
+    assert set(content["tables"]) == set(TABLES)
+    used = {name for row in content["rows"] for name in row.get("settings", [])}
+    assert used == set(content["settings"])
+    noted = {name for table in content["tables"].values() for name in table.get("notes", [])}
+    assert noted == set(content["notes"])
+
+
+def test_a_broken_row_is_named(tables, tmp_path):
+    def read(*broken):
+        content = {"settings": {}, "notes": {}, "tables": {"2.1": {"caption": "c"}}}
+        content["rows"] = [{"id": "2.1/1", "title": "x", "thesis": {}}, *broken]
+        path = tmp_path / "rows.yaml"
+        path.write_text(yaml.safe_dump(content))
+        return tables.read_rows(path)
+
+    good = {"id": "2.1/2", "title": "y", "thesis": {}}
+    assert list(read(good)) == ["2.1/1", "2.1/2"]
+    with pytest.raises(ValueError, match=r"rows\.yaml: row 2\.1/1 is there twice"):
+        read({**good, "id": "2.1/1"})
+    with pytest.raises(ValueError, match=r"2\.1/2: unknown or missing: 'thesis_nb'"):
+        read({**good, "settings": ["thesis_nb"]})
+    with pytest.raises(ValueError, match=r"2\.1/2: .*exact_parms"):
+        read({**good, "exact_parms": 1})
+    with pytest.raises(ValueError, match=r"3\.1/1: unknown or missing: '3\.1'"):
+        read({**good, "id": "3.1/1"})
+    with pytest.raises(ValueError, match=r"2\.1/2: .*title"):
+        read({"id": "2.1/2", "thesis": {}})
+
+
+# ---- figures ----
+
+
+def test_every_printed_column_is_there(rows):
+    """Which columns a table has, by its head in the thesis."""
+    for row in rows.values():
+        box, mask = (list(row.thesis.get(task, {})) for task in ("box", "mask"))
+        rest = set(row.thesis) - {"box", "mask"}
+        if row.table == "2.10":
+            assert (box, mask, rest) == ([], [], {"params"}), row.id
+        elif row.table in ("2.9", "2.20"):
+            assert (box, mask, rest) == (ALL_AP, ALL_AP, set()), row.id
+        elif row.table in ("2.1", "2.2", "2.3", "2.4", "2.5", "2.17", "2.18", "2.19"):
+            both = row.id in ("2.5/5", "2.5/6", "2.5/7", "2.5/8")
+            assert (box, mask, rest) == (ALL_AP, ALL_AP if both else [], set()), row.id
+        else:
+            printed = {"2.15": {"params", "speed"}, "2.16": {"params", "speed"}}
+            printed |= dict.fromkeys(("2.6", "2.11"), {"params", "speed", "memory_gb", "model_mb"})
+            assert (box, mask, rest) == (["AP"], ["AP"], printed.get(row.table, set())), row.id
+
+
+def test_figures_are_possible(rows):
+    for row in rows.values():
+        for task in ("box", "mask"):
+            ap = row.thesis.get(task, {})
+            assert all(10 < value < 70 for value in ap.values()), row.id
+            if len(ap) == len(ALL_AP):
+                assert ap["APs"] < ap["APm"] < ap["APl"], row.id
+                assert ap["AP"] < ap["AP75"] < ap["AP50"], row.id
+
+
+def test_one_setup_has_one_result(rows):
+    """The same model in several tables: the same AP wherever it is printed."""
+    values = defaultdict(set)
+    for row in rows.values():
+        for task in ("box", "mask"):
+            for name, value in row.thesis.get(task, {}).items():
+                values[row.setup, task, name].add(value)
+    assert [key for key, found in values.items() if len(found) > 1] == []
+
+
+@pytest.mark.parametrize(
+    ("row", "same"),
+    [
+        # As the captions and the text say.
+        *(("2.7/4", "2.6/4"), ("2.8/4", "2.6/4"), ("2.12/4", "2.11/4"), ("2.13/4", "2.11/4")),
+        *(("2.15/2", "2.11/4"), ("2.16/2", "2.15/6"), ("2.16/8", "2.15/11"), ("2.9/3", "2.6/6")),
+        *(("2.2/3", "2.4/2"), ("2.1/3", "2.2/2"), ("2.9/1", "2.5/5"), ("2.20/1", "2.5/5")),
+    ],
+)
+def test_rows_that_the_thesis_calls_the_same_are(rows, row, same):
+    assert rows[row].setup == rows[same].setup
+
+
+@pytest.mark.parametrize(
+    ("row", "other", "task", "name", "gain"),
+    [
+        ("2.1/3", "2.1/1", "box", "AP", 0.3),
+        # GRoIE: 0.7 to 1.1 and 1.3 to 1.7, up to 2.2 for APl.
+        *(("2.5/4", "2.5/3", "box", "AP", 0.7), ("2.5/6", "2.5/5", "box", "AP", 1.1)),
+        *(("2.5/8", "2.5/7", "mask", "AP", 1.3), ("2.5/6", "2.5/5", "mask", "AP", 1.7)),
+        ("2.5/8", "2.5/7", "mask", "APl", 2.2),
+        *(("2.11/4", "2.11/3", "box", "AP", -0.8), ("2.11/4", "2.11/3", "mask", "AP", 0.3)),
+        *(("2.9/7", "2.9/8", "box", "APm", 0.6), ("2.9/10", "2.9/11", "box", "APl", 0.6)),
+        ("2.19/2", "2.19/1", "box", "AP", 1.9),
+        *(("2.20/4", "2.20/3", "box", "AP", 0.3), ("2.20/7", "2.20/6", "box", "AP", 0.9)),
+        *(("2.20/10", "2.20/9", "box", "AP", 0.6), ("2.20/7", "2.20/6", "box", "AP50", 1.5)),
+        *(("2.20/10", "2.20/9", "mask", "AP", 2.1), ("2.20/7", "2.20/6", "mask", "AP", 2.6)),
+    ],
+)
+def test_gains_are_those_of_the_text(rows, row, other, task, name, gain):
+    difference = rows[row].thesis[task][name] - rows[other].thesis[task][name]
+    assert difference == pytest.approx(gain)
+
+
+# ---- settings ----
+
+
+def test_schedules_are_whole_epochs(configs):
+    """COCO 2017 has 117,266 training images with annotations."""
+    for row_id, cfg in configs.items():
+        epoch = 117266 / cfg.SOLVER.IMS_PER_BATCH
+        epochs = [n / epoch for n in (*cfg.SOLVER.STEPS, cfg.SOLVER.MAX_ITER)]
+        three = row_id in ("2.6/2", "2.11/2")
+        assert epochs == pytest.approx([28, 34, 36] if three else [8, 11, 12], abs=0.01), row_id
+        # Linear in the batch, but for the row that the thesis' code left alone.
+        batch = 16 if row_id == "2.14/8" else cfg.SOLVER.IMS_PER_BATCH
+        assert abs(cfg.SOLVER.BASE_LR - 0.02 * batch / 16) < 1e-9, row_id
+    batches = {row_id: cfg.SOLVER.IMS_PER_BATCH for row_id, cfg in configs.items()}
+    first = {r for r in batches if r.split("/")[0] in ("2.1", "2.2", "2.3", "2.4", "2.5")}
+    assert {r for r, b in batches.items() if b == 12} == first | {"2.9/1", "2.20/1"}
+    assert {r for r, b in batches.items() if b == 8} == {"2.14/8"}
+
+
+def test_batchnorm_is_the_thesis(rows, configs):
+    for row_id, cfg in configs.items():
+        gc = "GC-" in rows[row_id].title
+        norm = "SyncBN" if gc else "FrozenStatsBN"
+        assert norm == cfg.MODEL.RESNETS.NORM, row_id
+        assert any(cfg.MODEL.GC_BLOCK.ON_PER_STAGE) == gc, row_id
+        assert any(cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE) == ("DCN" in rows[row_id].title), row_id
+        assert cfg.SOLVER.WEIGHT_DECAY_NORM == 1e-4, row_id
+
+
+@pytest.mark.parametrize(
+    ("table", "loops", "heads"),
+    [
+        # The columns Lt and H.
+        ("2.6", [1, 1, 3, 3, 3, 3], [1, 1, 3, 1, 1, 1]),
+        ("2.7", [1, 3, 3, 3, 3, 3], [1] * 6),
+        ("2.8", [1, 1, 2, 3, 4], [1] * 5),
+        ("2.11", [1, 1, 3, 3, 3], [1, 1, 3, 1, 2]),
+        ("2.12", [1, 1, 2, 3, 4], [1] * 5),
+        ("2.13", [1, 3, 3, 3, 3, 3], [1] * 6),
+        ("2.14", [3, 2, 3, 3, 3, 4, 4, 5], [3, *[2] * 7]),
+        ("2.15", [*[3] * 7, *[4] * 5], [3, *[1] * 6, *[2] * 5]),
+        ("2.16", [*[3] * 7, *[4] * 5], [3, *[1] * 6, *[2] * 5]),
+    ],
+)
+def test_loops_and_heads_are_those_of_the_columns(configs, table, loops, heads):
+    found = []
+    for row_id, cfg in configs.items():
+        if row_id.split("/")[0] == table:
+            looped = cfg.MODEL.ROI_HEADS.NAME == "LoopROIHeads"
+            order = cfg.MODEL.ROI_LOOP_HEAD.ORDER if looped else "a"
+            found.append((len(order), len(set(order))))
+    assert found == list(zip(loops, heads, strict=True))
+
+
+def test_other_columns(configs):
+    def values(table, get):
+        return [get(cfg.MODEL) for row_id, cfg in configs.items() if row_id.startswith(f"{table}/")]
+
+    def fcc(model):
+        head = model.FCC
+        if model.ROI_BOX_HEAD.NAME != "FCCBoxHead":
+            return ""
+        return head.LAYERS[0] + "b" * head.NON_LOCAL_BEFORE + "a" * head.NON_LOCAL_AFTER
+
+    def mask_iou(model):
+        head = model.MASK_IOU_HEAD
+        return head.LAYERS[0] * head.ENABLED + "b" * head.NON_LOCAL_BEFORE + (
+            "a" * head.NON_LOCAL_AFTER
+        )
+
+    # L2C (square or rectangular), NLb, NLa.
+    assert values("2.15", fcc) == ["", "", "s", "r", "sb", "rb", "sba", "", "s", "r", "sb", "rb"]
+    one_pair, two_pairs = ["", "f", "s", "r", "sb", "sba"], ["", "f", "s", "sb", "sba"]
+    assert values("2.16", mask_iou) == ["", *one_pair, *two_pairs]
+    for table in ("2.7", "2.13"):
+        test_loops = values(table, lambda model: model.ROI_LOOP_HEAD.TEST_LOOPS or 3)
+        assert test_loops[1:] == [1, 2, 3, 4, 5]
+    orders = ["abc", "ab", "abb", "aab", "aba", "aabb", "abab", "aabbb"]
+    assert values("2.14", lambda model: model.ROI_LOOP_HEAD.ORDER) == orders
+    # Inc and Dec.
+    ious = values("2.6", lambda model: list(model.ROI_LOOP_HEAD.IOUS))
+    assert ious[2:] == [[0.5, 0.6, 0.7], [0.5, 0.6, 0.7], [0.7, 0.6, 0.5], [0.5, 0.6, 0.7]]
+
+
+def test_loops_that_only_the_code_tells(configs):
+    """Methods 4.1 and 5.4: loss weights, and the mask head's loop in section 2.2."""
+    looped = {
+        row_id: cfg.MODEL.ROI_LOOP_HEAD
+        for row_id, cfg in configs.items()
+        if cfg.MODEL.ROI_HEADS.NAME == "LoopROIHeads"
+    }
+    weights = {"a": [1], "aa": [1, 0.75], "aaa": [1, 0.75, 0.5], "abc": [1, 0.5, 0.25]}
+    for row_id, node in looped.items():
+        table = row_id.split("/")[0]
+        naive = node.ORDER != "abc"
+        at_test_only = naive and table in ("2.6", "2.7", "2.8", "2.9")
+        assert node.MASK_LOOP is not at_test_only, row_id
+        if len(node.ORDER) < 4:
+            expected = weights[node.ORDER if not naive else "a" * len(node.ORDER)]
+        elif len(node.ORDER) == 4:
+            expected = [1, 0.75, 0.5, 0.4 if table == "2.14" else 0.3]
+        else:
+            expected = [1, 0.8, 0.6, 0.5, 0.4]
+        assert list(node.LOSS_WEIGHTS) == expected, row_id
+        if naive and row_id != "2.6/5":
+            ious = [0.5, 0.6, 0.7, *([0.8] if len(node.ORDER) == 4 else [0.75, 0.8])]
+            assert list(node.IOUS) == ious[: len(node.ORDER)], row_id
+
+
+def test_rows_that_share_weights_differ_in_the_loops_at_test_only(rows):
+    shared = [row for row in rows.values() if row.same_weights_as]
+    assert [row.id for row in shared] == [f"{t}/{n}" for t in ("2.7", "2.13") for n in (2, 3, 5, 6)]
+    for row in shared:
+        trained = rows[row.same_weights_as]
+        assert row.config == trained.config
+        assert {key for key, _ in row.keys.items() ^ trained.keys.items()} == {f"{LOOP}TEST_LOOPS"}
+
+
+# ---- parameters ----
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_parameters_are_those_of_the_thesis(rows, counter, table):
+    verdicts = {row.id: counter.check(row) for row in rows.values() if row.table == table}
+    assert len(verdicts) == TABLES[table]
+    assert {row_id: v for row_id, v in verdicts.items() if not v[2]} == {}
+
+
+def test_exact_counts_of_groie_are_arithmetic(rows, counter):
+    """Bias and weights of each module on 256 channels; FASTER and MASK from methods 11."""
+    faster, mask = 41_527_712, 44_170_992
+    conv = {k: 256 * 256 * k * k + 256 for k in (1, 3, 5, 7)}
+    non_local = {k: 4 * 256 * 128 * k * k + 3 * 128 + 256 for k in (1, 7)}
+    rect = 2 * (256 * 256 * 21 + 256)
+    # Query, value and output of 256 x width, two embeddings of 128 x width, bias, gamma.
+    attention = {heads: (256 // heads * heads) * (3 * 256 + 2 * 128) + 256 + 1 for heads in (6, 8)}
+    modules = [0, conv[1], conv[3], conv[5], non_local[1], attention[6]]
+    v1, v2 = conv[5] + attention[6], conv[7] + non_local[7]
+    gc = 10_000_909
+
+    def exact(table):
+        return [row.exact_params for row in rows.values() if row.table == table]
+
+    assert exact("2.1") == [faster] * 3
+    assert exact("2.2") == [faster, faster, faster + conv[1], faster + 1024 * 256 + 256]
+    assert exact("2.3") == exact("2.4") == [faster + extra for extra in modules]
+    last = [0, conv[3], conv[5], conv[7], rect, non_local[1], non_local[7]]
+    assert exact("2.17") == exact("2.18") == [faster + extra for extra in last]
+    assert exact("2.19") == [faster, faster + v2]
+    groie_gc = mask + gc + 2 * conv[5] + attention[8] + attention[6]
+    hosts = [faster, faster + v1, None, None, mask, mask + 2 * v1, mask + gc, groie_gc]
+    assert exact("2.5") == hosts
+    # Grid R-CNN's own count is printed nowhere; GRoIE adds one extractor to either branch.
+    grid, with_groie = (counter.count(rows[row_id]) for row_id in ("2.5/3", "2.5/4"))
+    assert with_groie - grid == 2 * v1
+
+
+@pytest.mark.parametrize(
+    ("count", "printed", "equal"),
+    [
+        (44_170_992, "44,170 K", True),  # cut off, not rounded
+        (44_170_992, "44,171 K", False),
+        (44_169_999, "44,170 K", False),
+        (38_600_000, "38.6 M", True),
+        (38_699_999, "38.6 M", True),
+        (38_700_000, "38.6 M", False),
+        (38_599_999, "38.6 M", False),
+        (39_028_692, "39.0 M", True),
+        (39_128_692, "39.0 M", False),
+        (12_846_080, "12,846,080", True),
+        (12_846_081, "12,846,080", False),
+    ],
+)
+def test_comparing_with_a_printed_figure(tables, count, printed, equal):
+    assert tables.equals_printed(count, printed) is equal
+
+
+def test_a_figure_that_cannot_be_read_is_named(tables):
+    with pytest.raises(ValueError, match="'38.6 G'"):
+        tables.equals_printed(1, "38.6 G")

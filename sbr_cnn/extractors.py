@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torchvision.ops import roi_align
 
 from .attention import NonLocal2d, RelativePositionAttention
+from .roi_align import bag_roi_align
 from .roi_convs import conv_relu, rectangular_pair
 
 EXTRACTORS = ("single", "random", "groie")
@@ -49,14 +50,18 @@ class RoIExtractor(nn.Module):
         ``rois`` stay in fp32 under autocast (torchvision casts the features instead): a bf16
         coordinate is off by up to 4 pixels at 1000.
         """
-        return roi_align(
+        autocast = torch.is_autocast_enabled(feature.device.type)
+        arguments = (
             feature,
-            rois if torch.is_autocast_enabled(feature.device.type) else rois.to(feature.dtype),
+            rois if autocast else rois.to(feature.dtype),
             self.output_size,
-            spatial_scale=1.0 / self.strides[level],
-            sampling_ratio=self.sampling_ratio,
-            aligned=self.aligned,
+            1.0 / self.strides[level],
+            self.sampling_ratio,
+            self.aligned,
         )
+        slow_backward = feature.device.type == "cpu" and feature.requires_grad
+        exact = feature.dtype == torch.float32 and not autocast and self.sampling_ratio > 0
+        return bag_roi_align(*arguments) if slow_backward and exact else roi_align(*arguments)
 
 
 class SingleLevelExtractor(RoIExtractor):

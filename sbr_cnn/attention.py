@@ -38,9 +38,10 @@ class NonLocal2d(nn.Module):
             )
         inner = channels // 2
         padding = kernel_size // 2
-        self.theta = RoIConv2d(channels, inner, kernel_size, padding=padding)
-        self.phi = RoIConv2d(channels, inner, kernel_size, padding=padding)
-        self.g = RoIConv2d(channels, inner, kernel_size, padding=padding)
+        # These three hold the parameters under their names; forward runs them as one.
+        self.theta = nn.Conv2d(channels, inner, kernel_size, padding=padding)
+        self.phi = nn.Conv2d(channels, inner, kernel_size, padding=padding)
+        self.g = nn.Conv2d(channels, inner, kernel_size, padding=padding)
         self.conv_out = RoIConv2d(inner, channels, kernel_size, padding=padding)
         for conv in (self.theta, self.phi, self.g):
             nn.init.normal_(conv.weight, std=0.01)
@@ -86,6 +87,11 @@ class RelativePositionAttention(nn.Module):
 
     def __init__(self, channels: int, num_heads: int = 6) -> None:
         super().__init__()
+        if not 1 <= num_heads <= channels:
+            raise ValueError(
+                f"MODEL.GROIE.ATTENTION_HEADS are 1 to {channels}, the channels of the features; "
+                f"got {num_heads}"
+            )
         self.num_heads = num_heads
         inner = channels // num_heads * num_heads
         position_width = 2 * self.NUM_WAVELENGTHS
@@ -110,7 +116,8 @@ class RelativePositionAttention(nn.Module):
         return torch.cat([angle.sin(), angle.cos()], dim=2)
 
     def _axis_energy(self, query: Tensor, linear: nn.Linear, equation: str, size: int) -> Tensor:
-        embedded = linear(self.position_embedding(size, query.device)) / math.sqrt(2)
+        positions = self.position_embedding(size, query.device).to(linear.weight.dtype)
+        embedded = linear(positions) / math.sqrt(2)
         heads = embedded.unflatten(2, (self.num_heads, -1))  # (size, keys, h, d)
         return torch.einsum(equation, query, heads.to(query.dtype))
 

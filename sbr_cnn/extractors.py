@@ -199,23 +199,26 @@ def build_roi_module(kind: str, kernel_size: int, channels: int, num_heads: int 
 
 
 def build_roi_extractor(
-    cfg: CfgNode, head: CfgNode, input_shape: dict[str, ShapeSpec]
+    cfg: CfgNode, head_name: str, input_shape: dict[str, ShapeSpec]
 ) -> RoIExtractor:
-    """The extractor that ``head.EXTRACTOR`` names.
+    """The extractor that ``MODEL.<head_name>.EXTRACTOR`` names.
 
     Args:
         cfg: the whole configuration.
-        head: ``cfg.MODEL.ROI_BOX_HEAD``, ``ROI_MASK_HEAD`` or ``ROI_GRID_HEAD``.
+        head_name: "ROI_BOX_HEAD", "ROI_MASK_HEAD" or "ROI_GRID_HEAD".
         input_shape: channels and stride of every feature map.
 
     Raises:
         ValueError: an unknown extractor or pooler type, or levels of unequal width.
     """
+    head = cfg.MODEL[head_name]
     shapes = [input_shape[name] for name in cfg.MODEL.ROI_HEADS.IN_FEATURES]
     if len({shape.channels for shape in shapes}) != 1:
         raise ValueError(f"MODEL.ROI_HEADS.IN_FEATURES differ in channels: {shapes}")
     if head.POOLER_TYPE not in ("ROIAlignV2", "ROIAlign"):
-        raise ValueError(f"POOLER_TYPE is ROIAlignV2 or ROIAlign, got {head.POOLER_TYPE!r}")
+        raise ValueError(
+            f"MODEL.{head_name}.POOLER_TYPE is ROIAlignV2 or ROIAlign, got {head.POOLER_TYPE!r}"
+        )
     common = {
         "output_size": head.POOLER_RESOLUTION,
         "strides": tuple(shape.stride for shape in shapes),
@@ -228,6 +231,11 @@ def build_roi_extractor(
         return SingleLevelExtractor(level_choice="random", **common)
     if head.EXTRACTOR == "groie":
         groie = cfg.MODEL.GROIE
+        if len(groie.ATTENTION_HEADS) != 2:
+            raise ValueError(
+                "MODEL.GROIE.ATTENTION_HEADS has two numbers, for the box and for the mask "
+                f"extractor, got {groie.ATTENTION_HEADS}"
+            )
         box_heads, mask_heads = groie.ATTENTION_HEADS
         return GenericRoIExtractor(
             channels=shapes[0].channels,
@@ -235,11 +243,8 @@ def build_roi_extractor(
             post=(groie.POST, groie.POST_KERNEL),
             share_pre=groie.SHARE_PRE,
             aggregate=groie.AGGREGATE,
-            num_heads=box_heads if head is cfg.MODEL.ROI_BOX_HEAD else mask_heads,
+            num_heads=box_heads if head_name == "ROI_BOX_HEAD" else mask_heads,
             extra_relu=groie.EXTRA_RELU,
             **common,
         )
-    raise ValueError(
-        "EXTRACTOR of MODEL.ROI_BOX_HEAD, ROI_MASK_HEAD and ROI_GRID_HEAD is one of "
-        f"{EXTRACTORS}, got {head.EXTRACTOR!r}"
-    )
+    raise ValueError(f"MODEL.{head_name}.EXTRACTOR is one of {EXTRACTORS}, got {head.EXTRACTOR!r}")

@@ -19,12 +19,18 @@ KERNEL = 7
 
 
 def build_fcc_layers(
-    channels: int, layers: str, *, non_local_before: bool = False, non_local_after: bool = False
+    channels: int,
+    side: int,
+    layers: str,
+    *,
+    non_local_before: bool = False,
+    non_local_after: bool = False,
 ) -> nn.Sequential:
     """The layers from (R, C, S, S) to (R, C / 4, S, S); a ReLU follows each, non-local ones too.
 
     Args:
         channels: C, a multiple of 4.
+        side: S.
         layers: "square": two 7x7 convolutions (thesis' versions b and d); "rect": each replaced
             by a (7, 3) and a (3, 7) one, narrower in the second (c, e); "rect_early": narrower in
             the first (e').
@@ -32,8 +38,15 @@ def build_fcc_layers(
             (NLb, NLa).
 
     Raises:
-        ValueError: unknown ``layers``, or C is no multiple of 4.
+        ValueError: unknown ``layers``, C is no multiple of 4, or S too small for the kernels.
     """
+    if layers not in LAYERS:
+        raise ValueError(f"FCC layers are one of {LAYERS}, got {layers!r}")
+    if layers != "square" and side < 5:
+        raise ValueError(
+            f"FCC layers {layers!r} need maps of 5 x 5 or more, got {side} x {side}: raise "
+            "POOLER_RESOLUTION of MODEL.ROI_BOX_HEAD (ROI_MASK_HEAD for the Mask-IoU branch)"
+        )
     if channels % 4:
         raise ValueError(f"FCC layers need channels that divide by 4, got {channels}")
     half, quarter = channels // 2, channels // 4
@@ -44,10 +57,8 @@ def build_fcc_layers(
             *rectangular_pair(channels, channels, half),
             *rectangular_pair(half, half, quarter),
         ]
-    elif layers == "rect_early":
-        convs = [*rectangular_pair(channels, half, half), *rectangular_pair(half, quarter, quarter)]
     else:
-        raise ValueError(f"FCC layers are one of {LAYERS}, got {layers!r}")
+        convs = [*rectangular_pair(channels, half, half), *rectangular_pair(half, quarter, quarter)]
     before = [NonLocal2d(channels, KERNEL), nn.ReLU()] if non_local_before else []
     after = [NonLocal2d(quarter, KERNEL), nn.ReLU()] if non_local_after else []
     return nn.Sequential(*before, *convs, *after)
@@ -74,6 +85,7 @@ class FCCBoxHead(nn.Module):
         super().__init__()
         self.layers = build_fcc_layers(
             input_shape.channels,
+            input_shape.height,
             layers,
             non_local_before=non_local_before,
             non_local_after=non_local_after,

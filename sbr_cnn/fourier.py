@@ -151,10 +151,10 @@ def _transforms(
     for n, k, p, out, total, kept in zip(
         size, kernel, padding, output, points, halves, strict=True
     ):
-        image.append(_waves(kept, torch.arange(n), -total))
-        turned.append(_waves(kept, k - 1 - torch.arange(k), -total))
-        inverse.append(_waves(kept, k - 1 - p + torch.arange(out), total) / total)
-    twice = torch.full((halves[1], 1), 2.0, dtype=torch.float64)
+        image.append(_waves(kept, _axis(n), -total))
+        turned.append(_waves(kept, k - 1 - _axis(k), -total))
+        inverse.append(_waves(kept, k - 1 - p + _axis(out), total) / total)
+    twice = torch.full((halves[1], 1), 2.0, dtype=torch.float64, device="cpu")
     twice[0] = 1
     if points[1] % 2 == 0:
         twice[-1] = 1
@@ -166,9 +166,14 @@ def _transforms(
     )
 
 
+def _axis(count: int) -> Tensor:
+    """0 to count - 1, whatever the default device and type: the matrices are kept for later."""
+    return torch.arange(count, dtype=torch.float64, device="cpu")
+
+
 def _waves(count: int, positions: Tensor, period: int) -> Tensor:
     """exp(2 pi i f x / period) of frequencies f < count at positions x: (count, positions)."""
-    angles = 2 * math.pi / period * torch.arange(count, dtype=torch.float64)[:, None] * positions
+    angles = 2 * math.pi / period * _axis(count)[:, None] * positions
     return torch.complex(angles.cos(), angles.sin())
 
 

@@ -101,7 +101,7 @@ class GridROIHeads(ExtractorROIHeads):
             )
         ret = super().from_config(cfg, input_shape)
         ret.update(
-            grid_pooler=build_roi_extractor(cfg, node, input_shape),
+            grid_pooler=build_roi_extractor(cfg, "ROI_GRID_HEAD", input_shape),
             grid_head=GridHead(
                 channels=input_shape[cfg.MODEL.ROI_HEADS.IN_FEATURES[0]].channels,
                 resolution=node.POOLER_RESOLUTION,

@@ -41,7 +41,7 @@ class HeadPair(nn.Module):
         self.mask_head = mask_head
 
     @classmethod
-    def from_config(
+    def build(
         cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec], box_reg_weights: tuple[float, ...]
     ) -> "HeadPair":
         """Build one pair; ``box_reg_weights`` are its box coder's."""
@@ -49,7 +49,7 @@ class HeadPair(nn.Module):
         side = cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION
         box_head = build_box_head(cfg, ShapeSpec(channels=channels, height=side, width=side))
         parts = {
-            "box_pooler": build_roi_extractor(cfg, cfg.MODEL.ROI_BOX_HEAD, input_shape),
+            "box_pooler": build_roi_extractor(cfg, "ROI_BOX_HEAD", input_shape),
             "box_head": box_head,
             "box_predictor": FastRCNNOutputLayers(
                 cfg, box_head.output_shape, box2box_transform=Box2BoxTransform(box_reg_weights)
@@ -58,7 +58,7 @@ class HeadPair(nn.Module):
         if cfg.MODEL.MASK_ON:
             side = cfg.MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION
             shape = ShapeSpec(channels=channels, height=side, width=side)
-            parts["mask_pooler"] = build_roi_extractor(cfg, cfg.MODEL.ROI_MASK_HEAD, input_shape)
+            parts["mask_pooler"] = build_roi_extractor(cfg, "ROI_MASK_HEAD", input_shape)
             parts["mask_head"] = build_mask_head(cfg, shape)
             if not isinstance(parts["mask_head"], LoopMaskHead):
                 raise ValueError(

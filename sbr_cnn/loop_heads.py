@@ -100,7 +100,7 @@ class LoopROIHeads(ROIHeads):
         del ret["proposal_matcher"]
         in_features = cfg.MODEL.ROI_HEADS.IN_FEATURES
         pairs = {
-            letter: HeadPair.from_config(cfg, input_shape, tuple(weights))
+            letter: HeadPair.build(cfg, input_shape, tuple(weights))
             for letter, weights in zip(schedule.pairs, node.BBOX_REG_WEIGHTS, strict=False)
         }
         if cfg.MODEL.MASK_ON and not node.FIRST_FEEDBACK:
@@ -132,9 +132,10 @@ class LoopROIHeads(ROIHeads):
         letters = list(self.pairs)
         for match in filter(None, map(pattern.fullmatch, list(state))):
             branch, stage, rest = match.groups()
-            tensor = state.pop(match[0])
-            for letter in letters if stage is None else letters[int(stage) :][:1]:
-                state[f"{prefix}pairs.{letter}.{branch}{rest}"] = tensor
+            takers = letters if stage is None else letters[int(stage) : int(stage) + 1]
+            if takers:
+                tensor = state.pop(match[0])
+                state |= {f"{prefix}pairs.{letter}.{branch}{rest}": tensor for letter in takers}
 
     def forward(
         self,
@@ -198,7 +199,7 @@ class LoopROIHeads(ROIHeads):
             matched ground truth; meaningless for background) and ``is_gt``.
         """
         matcher = Matcher([loop.iou], [0, 1], allow_low_quality_matches=False)
-        samples, num_positive = [], 0
+        samples = []
         for candidates, target in zip(boxes, targets, strict=True):
             num_gt = len(target)
             if self.proposal_append_gt:
@@ -221,10 +222,6 @@ class LoopROIHeads(ROIHeads):
             # Without ground truth all is background: any box of the right shape will do.
             sample.gt_boxes = target.gt_boxes[sample.gt_index] if num_gt else sample.proposal_boxes
             samples.append(sample)
-            num_positive += len(positive)
-        get_event_storage().put_scalar(
-            f"roi_head/num_fg_samples_loop{loop.number}", num_positive / max(len(samples), 1)
-        )
         return samples
 
     def _train_boxes(
@@ -232,7 +229,12 @@ class LoopROIHeads(ROIHeads):
     ) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor]]:
         pair = self.pairs[loop.pair]
         predictions = pair.predict_boxes(maps, [s.proposal_boxes for s in sample])
-        with get_event_storage().name_scope(f"loop{loop.number}"):
+        positives = (torch.cat([s.gt_classes for s in sample]) < self.num_classes).sum().item()
+        storage = get_event_storage()
+        storage.put_scalar(
+            f"roi_head/num_fg_samples_loop{loop.number}", positives / max(len(sample), 1)
+        )
+        with storage.name_scope(f"loop{loop.number}"):
             return pair.box_predictor.losses(predictions, sample), predictions
 
     @torch.no_grad()

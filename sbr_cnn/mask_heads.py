@@ -119,7 +119,7 @@ def train_masks(
     x: Tensor,
     logits: Tensor,
     positives: list[Instances],
-    masks: list[BitMasks | PolygonMasks],
+    masks: list[BitMasks | PolygonMasks | None],
     iou_head: MaskIoUHead | None = None,
 ) -> dict[str, Tensor]:
     """The losses of one mask prediction on the positives of all images.
@@ -129,13 +129,21 @@ def train_masks(
         logits: (R, K, M, M).
         positives: per image ``proposal_boxes``, ``gt_classes`` and ``gt_index``.
         masks: per image the ground-truth masks that ``gt_index`` points into; an image without
-            positives may have any.
+            positives may have none.
         iou_head: adds its loss.
 
     Returns:
         ``loss_mask`` and, with ``iou_head``, ``loss_mask_iou``.
+
+    Raises:
+        ValueError: an image with positives has no masks.
     """
     used = [(p, m) for p, m in zip(positives, masks, strict=True) if len(p)]
+    if any(m is None for _, m in used):
+        raise ValueError(
+            "MODEL.MASK_ON is True, but an image's objects have no masks (gt_masks): give every "
+            "annotation a segmentation, or set MODEL.MASK_ON False"
+        )
     side = logits.shape[-1]
     crops = [crop_masks(m, p.proposal_boxes, p.gt_index, side) for p, m in used]
     targets = torch.cat(crops) if crops else logits.new_zeros(0, side, side, dtype=torch.float32)

@@ -67,6 +67,7 @@ class MaskIoUHead(nn.Module):
         else:
             self.layers = build_fcc_layers(
                 channels,
+                side,
                 layers,
                 non_local_before=non_local_before,
                 non_local_after=non_local_after,
@@ -131,8 +132,8 @@ class MaskIoUHead(nn.Module):
             A scalar; zero and still connected to the graph without such a positive.
         """
         predicted = self(x, logits, classes).float()
-        probabilities = logits.detach() if self.threshold_logits else logits.detach().sigmoid()
-        wanted = mask_iou_targets(probabilities > 0.5, targets, inside)
+        masks = logits > (0.5 if self.threshold_logits else 0.0)  # 0 is a probability of 0.5
+        wanted = mask_iou_targets(masks, targets, inside)
         counted = wanted > 0
         errors = ((predicted - wanted) * counted).square()
         return self.loss_weight * errors.sum() / counted.sum().clamp(min=1)
@@ -140,14 +141,17 @@ class MaskIoUHead(nn.Module):
     def rescore(self, x: Tensor, logits: Tensor, instances: list[Instances]) -> None:
         """Give each image's detections ``mask_scores`` (R_i,): class score times predicted IoU.
 
+        Given boxes without ``scores`` get none.
+
         Args:
             x, logits: as in :meth:`forward`, of the detections of all images.
-            instances: detections with ``scores`` and ``pred_classes``.
+            instances: detections with ``pred_classes``.
         """
         ious = self(x, logits, torch.cat([i.pred_classes for i in instances])).float()
         per_image = ious.split([len(i) for i in instances])
         for image, image_ious in zip(instances, per_image, strict=True):
-            image.mask_scores = image.scores * image_ious
+            if image.has("scores"):
+                image.mask_scores = image.scores * image_ious
 
 
 def build_mask_iou_head(cfg: CfgNode, channels: int) -> MaskIoUHead | None:
@@ -194,9 +198,7 @@ def fraction_inside(masks: Tensor, boxes: Tensor, index: Tensor) -> Tensor:
         (R,) fp32; a box covers at least one pixel.
     """
     # Sums over all rectangles from the corner: four lookups a box instead of a crop.
-    sums = F.pad(
-        masks.int().cumsum(1, dtype=torch.int32).cumsum(2, dtype=torch.int32), (1, 0, 1, 0)
-    )
+    sums = F.pad(masks.cumsum(1, dtype=torch.int32).cumsum(2, dtype=torch.int32), (1, 0, 1, 0))
     height, width = masks.shape[1:]
     x1, y1, x2, y2 = boxes.long().unbind(1)
     x1, y1 = x1.clamp(0, width - 1), y1.clamp(0, height - 1)

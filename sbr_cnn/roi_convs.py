@@ -17,6 +17,8 @@ MIN_GAIN = 2.0
 def roi_conv2d(x: Tensor, weight: Tensor, bias: Tensor, padding: tuple[int, int]) -> Tensor:
     """``F.conv2d`` with stride 1; in fp32 on the CPU over frequencies where that is faster."""
     direct = x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
+    # What records operators (tracing, counting them, compiling) gets the one that it knows.
+    direct = direct or torch.jit.is_tracing() or torch.compiler.is_compiling()
     if direct or fourier_gain(x, weight, padding) < MIN_GAIN:
         return F.conv2d(x, weight, bias, padding=padding)
     return fourier_conv2d(x, weight, padding) + bias[:, None, None]

@@ -9,7 +9,7 @@ from detectron2.modeling import ROI_HEADS_REGISTRY
 from detectron2.modeling.roi_heads import StandardROIHeads
 from detectron2.modeling.roi_heads.mask_head import mask_rcnn_inference
 from detectron2.modeling.roi_heads.roi_heads import select_foreground_proposals
-from detectron2.structures import Instances
+from detectron2.structures import BitMasks, Instances, PolygonMasks
 from torch import Tensor
 
 from .extractors import build_roi_extractor
@@ -36,17 +36,25 @@ class ExtractorROIHeads(StandardROIHeads):
     @classmethod
     def _init_box_head(cls, cfg, input_shape):
         parts = super()._init_box_head(cfg, input_shape)
-        parts["box_pooler"] = build_roi_extractor(cfg, cfg.MODEL.ROI_BOX_HEAD, input_shape)
+        parts["box_pooler"] = build_roi_extractor(cfg, "ROI_BOX_HEAD", input_shape)
         return parts
 
     @classmethod
     def _init_mask_head(cls, cfg, input_shape):
         parts = super()._init_mask_head(cfg, input_shape)
         if parts:
-            parts["mask_pooler"] = build_roi_extractor(cfg, cfg.MODEL.ROI_MASK_HEAD, input_shape)
+            parts["mask_pooler"] = build_roi_extractor(cfg, "ROI_MASK_HEAD", input_shape)
             channels = input_shape[cfg.MODEL.ROI_HEADS.IN_FEATURES[0]].channels
             parts["mask_iou_head"] = build_mask_iou_head(cfg, channels)
         return parts
+
+    def label_and_sample_proposals(
+        self, proposals: list[Instances], targets: list[Instances]
+    ) -> list[Instances]:
+        """As Detectron2's; proposals also get ``gt_index``, the image's object that they match."""
+        for target in targets:
+            target.gt_index = torch.arange(len(target), device=target.gt_classes.device)
+        return super().label_and_sample_proposals(proposals, targets)
 
     def _forward_mask(
         self, features: dict[str, Tensor], instances: list[Instances]
@@ -63,7 +71,14 @@ class ExtractorROIHeads(StandardROIHeads):
             classes = torch.cat([i.pred_classes for i in instances])
             self.mask_iou_head.rescore(x, select_class(logits, classes), instances)
             return instances
-        for image in instances:  # Detectron2 has copied each positive's mask: box i has mask i
-            image.gt_index = torch.arange(len(image), device=x.device)
-        masks = [i.gt_masks if i.has("gt_masks") else None for i in instances]
+        masks = [_distinct_masks(image) for image in instances]
         return train_masks(x, logits, instances, masks, self.mask_iou_head)
+
+
+def _distinct_masks(image: Instances) -> BitMasks | PolygonMasks | None:
+    """One mask per object, where Detectron2 has copied one per positive; adapts ``gt_index``."""
+    if not image.has("gt_masks"):
+        return None
+    objects, image.gt_index = image.gt_index.unique(return_inverse=True)
+    positives = torch.arange(len(image), device=objects.device)
+    return image.gt_masks[torch.zeros_like(objects).scatter_(0, image.gt_index, positives)]

@@ -175,8 +175,9 @@ def remarks_on(row: Row, run: Run, wanted: CfgNode) -> list[str]:
     if row.same_weights_as:
         remarks.append(f"weights of {row.same_weights_as}")
     different = differences(run.cfg, wanted)
-    if row.same_weights_as:
-        different.pop("MODEL.WEIGHTS", None)
+    weights = different.pop("MODEL.WEIGHTS", None)  # evaluating again, or a copy of the same file
+    if weights and not row.same_weights_as:
+        remarks.append(f"MODEL.WEIGHTS {weights[0]}")
     if different:
         remarks.append(f"**not the row's settings**: {describe(different)}")
     return remarks

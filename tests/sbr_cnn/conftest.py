@@ -91,7 +91,7 @@ def make_extractor(make_config, shapes) -> Callable[..., nn.Module]:
 
     def make(kind: str, *opts) -> nn.Module:
         cfg = make_config("MODEL.ROI_BOX_HEAD.EXTRACTOR", kind, *opts)
-        return build_roi_extractor(cfg, cfg.MODEL.ROI_BOX_HEAD, shapes)
+        return build_roi_extractor(cfg, "ROI_BOX_HEAD", shapes)
 
     return make
 

@@ -31,7 +31,7 @@ def test_stages_of_a_cascade_go_to_their_pairs(make_loops, make_heads):
     heads = make_loops("ab")
     result = heads.load_state_dict(adopted(heads, source), strict=False)
     assert all("conv_res" in name for name in result.missing_keys)
-    assert not result.unexpected_keys
+    assert {name.split(".")[1] for name in result.unexpected_keys} == {"2"}  # no third pair
     for stage, pair in enumerate(heads.pairs.values()):
         for name in ("box_head{}.fc2.weight", "box_predictor{}.bbox_pred.weight"):
             expected = source[name.format(f".{stage}")]
@@ -55,3 +55,12 @@ def test_the_heads_own_weights_stay(make_loops):
     heads = make_loops("aab")
     source = heads.state_dict()
     assert list(adopted(heads, source)) == list(source)
+
+
+def test_stages_without_a_pair_stay_and_are_reported(make_loops, make_heads):
+    source = make_heads("MODEL.ROI_HEADS.NAME", "CascadeROIHeads", "MODEL.MASK_ON", False)
+    heads = make_loops("aaa", "MODEL.MASK_ON", False)
+    result = heads.load_state_dict(adopted(heads, source.state_dict()), strict=False)
+    assert not result.missing_keys
+    stages = {name.split(".")[1] for name in result.unexpected_keys}
+    assert stages == {"1", "2"}

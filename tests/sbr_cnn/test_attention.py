@@ -142,3 +142,15 @@ def test_zero_rois_keep_the_graph(block):
     for name, parameter in block.named_parameters():
         assert parameter.grad is not None, name
         assert not parameter.grad.any(), name
+
+
+@pytest.mark.parametrize("heads", [0, 9])
+def test_attention_needs_a_channel_per_head(heads):
+    with pytest.raises(ValueError, match=rf"ATTENTION_HEADS are 1 to 8.*got {heads}"):
+        RelativePositionAttention(8, heads)
+
+
+def test_attention_in_double_precision(randomize):
+    block = randomize(RelativePositionAttention(12, 6))
+    x = torch.randn(2, 12, 7, 7)
+    torch.testing.assert_close(block.double()(x.double()).float(), block.float()(x))

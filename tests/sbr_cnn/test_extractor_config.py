@@ -53,7 +53,7 @@ def test_convolutions_start_kaiming_normal(make_config):
         *("MODEL.GROIE.POST", "none", "MODEL.GROIE.AGGREGATE", "concat"),
     )
     wide = {f"p{i}": ShapeSpec(channels=64, stride=2**i) for i in range(2, 6)}
-    extractor = build_roi_extractor(cfg, cfg.MODEL.ROI_BOX_HEAD, wide)
+    extractor = build_roi_extractor(cfg, "ROI_BOX_HEAD", wide)
     pre, reduce = (m for m in extractor.modules() if isinstance(m, nn.Conv2d))
     for conv, fan_out in ((pre, 64 * 9), (reduce, 64)):
         # At least 16,384 draws: the standard error of the deviation is 0.6 %.
@@ -88,7 +88,7 @@ def test_levels_of_unequal_width(make_config, shapes):
     cfg = make_config()
     shapes["p4"] = ShapeSpec(channels=16, stride=16)
     with pytest.raises(ValueError, match="MODEL.ROI_HEADS.IN_FEATURES"):
-        build_roi_extractor(cfg, cfg.MODEL.ROI_BOX_HEAD, shapes)
+        build_roi_extractor(cfg, "ROI_BOX_HEAD", shapes)
 
 
 def test_levels_that_leave_one_out(make_extractor):

@@ -34,7 +34,7 @@ def convs(layers: nn.Module) -> list[nn.Conv2d]:
 @pytest.mark.parametrize("name", CONVS)
 def test_convolutions_are_the_thesis(name):
     with torch.device("meta"):
-        found = convs(build_fcc_layers(256, name))
+        found = convs(build_fcc_layers(256, 7, name))
     shapes = [(c.kernel_size, c.padding, c.in_channels, c.out_channels) for c in found]
     assert shapes == CONVS[name]
     assert all(c.stride == (1, 1) and c.bias is not None for c in found)
@@ -42,7 +42,7 @@ def test_convolutions_are_the_thesis(name):
 
 def test_parameters_of_table_2_10():
     with torch.device("meta"):
-        square, rect = (convs(build_fcc_layers(256, name)) for name in ("square", "rect"))
+        square, rect = (convs(build_fcc_layers(256, 7, name)) for name in ("square", "rect"))
     counts = [sum(p.numel() for p in c.parameters()) for c in (*square, *rect)]
     assert counts == [1_605_760, 401_472, 1_376_512, 688_256, 344_192, 172_096]
 
@@ -51,7 +51,7 @@ def test_parameters_of_table_2_10():
 @pytest.mark.parametrize("before", [False, True])
 @pytest.mark.parametrize("after", [False, True])
 def test_layers_equal_a_chain_of_functions(name, before, after, randomize):
-    layers = build_fcc_layers(8, name, non_local_before=before, non_local_after=after)
+    layers = build_fcc_layers(8, 7, name, non_local_before=before, non_local_after=after)
     randomize(layers, gain=1.5)
     x = torch.randn(3, 8, 7, 7)
     expected = x
@@ -73,13 +73,13 @@ def test_layers_equal_a_chain_of_functions(name, before, after, randomize):
 
 
 def test_rectangular_pair_is_3x7_in_between():
-    layers = build_fcc_layers(8, "rect")
+    layers = build_fcc_layers(8, 7, "rect")
     assert layers[0](torch.randn(2, 8, 7, 7)).shape == (2, 8, 3, 7)
 
 
 def test_initialisation():
     # Kaiming-normal, fan out: variance 2 / (64 channels out * 49).
-    conv = convs(build_fcc_layers(128, "square"))[0]
+    conv = convs(build_fcc_layers(128, 7, "square"))[0]
     assert conv.weight.std().item() == pytest.approx((2 / (64 * 49)) ** 0.5, rel=0.02)
     assert not conv.bias.any()
 
@@ -128,4 +128,6 @@ def test_mistakes_are_named(make_heads):
     with pytest.raises(ValueError, match=r"MODEL\.FCC\.LAYERS is one of .*'round'"):
         make_heads("MODEL.ROI_BOX_HEAD.NAME", "FCCBoxHead", "MODEL.FCC.LAYERS", "round")
     with pytest.raises(ValueError, match="divide by 4, got 6"):
-        build_fcc_layers(6, "square")
+        build_fcc_layers(6, 7, "square")
+    with pytest.raises(ValueError, match="rect.*5 x 5 or more, got 4 x 4: raise POOLER_RESOLUTION"):
+        build_fcc_layers(8, 4, "rect")

@@ -110,6 +110,22 @@ def test_roi_conv_chooses_by_the_gain(kernel, monkeypatch):
     assert not used  # other types go to conv2d
 
 
+def test_what_records_operators_sees_a_convolution():
+    conv = RoIConv2d(64, 64, 7, padding=3)
+    x = torch.randn(64, 64, 7, 7)
+    with torch.no_grad():
+        traced = torch.jit.trace(conv, x)
+        expected = F.conv2d(x[:5], conv.weight, conv.bias, padding=3)
+        torch.testing.assert_close(traced(x[:5]), expected)
+
+
+def test_the_matrices_do_not_remember_a_default_device():
+    x, weight = torch.randn(2, 4, 11, 5), torch.randn(4, 4, 3, 3)  # a shape of its own
+    with torch.device("meta"):
+        fourier_conv2d(x, weight, (1, 1))
+    assert_same([fourier_conv2d(x, weight, (1, 1))], [F.conv2d(x, weight, padding=1)])
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_roi_conv_on_a_gpu_is_conv2d(monkeypatch):

@@ -7,6 +7,7 @@ from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 from torch import nn
 from torch.nn import functional as F
 
+from sbr_cnn import standard_heads
 from sbr_cnn.mask_heads import train_masks
 from sbr_cnn.mask_iou import MaskIoUHead, fraction_inside, mask_iou_targets
 
@@ -303,3 +304,45 @@ def test_it_needs_masks(make_loops):
 def test_mistakes_are_named(opts, message, make_loops):
     with pytest.raises(ValueError, match=message):
         make_loops("aa", *ON, *opts)
+
+
+def test_given_boxes_without_scores_get_masks_only(make_loops, make_proposals, make_maps):
+    heads, proposals = make_loops("aa", *ON).eval(), make_proposals(3, 0)
+    given = [Instances(p.image_size, pred_boxes=p.proposal_boxes) for p in proposals]
+    for image in given:
+        image.pred_classes = torch.zeros(len(image), dtype=torch.long)
+    with torch.no_grad():
+        found = heads.forward_with_given_boxes(make_maps(2), given)
+    assert [len(f.pred_masks) for f in found] == [3, 0]
+    assert not any(f.has("mask_scores") for f in found)
+
+
+def test_mask_scoring_r_cnn_hands_over_each_objects_mask_once(
+    make_heads, make_proposals, make_targets, train_step, monkeypatch
+):
+    """Detectron2 copies a mask per positive; the areas are summed per object."""
+    heads = make_heads(
+        *("MODEL.ROI_HEADS.NAME", "ExtractorROIHeads"),
+        *("MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvUpsampleHead", *ON),
+    )
+    seen = []
+    monkeypatch.setattr(
+        standard_heads, "train_masks", lambda *args: seen.append(args) or train_masks(*args)
+    )
+    targets, proposals = make_targets(3, 2), make_proposals(6, 6)
+    for image, target in zip(proposals, targets, strict=True):  # two or three on every object
+        image.proposal_boxes = Boxes(target.gt_boxes.tensor.repeat(3, 1)[:6] + 0.5)
+    train_step(heads, proposals, targets)
+    _, _, positives, masks, _ = seen[0]
+    for image, image_masks, target in zip(positives, masks, targets, strict=True):
+        assert len(image_masks) <= len(target) < len(image)
+        for box, index in zip(image.gt_boxes.tensor, image.gt_index, strict=True):
+            (number,) = (target.gt_boxes.tensor == box).all(dim=1).nonzero()[:, 0].tolist()
+            assert torch.equal(image_masks.tensor[index], target.gt_masks.tensor[number])
+
+
+def test_objects_without_masks_are_named(make_loops, make_proposals, make_targets, train_step):
+    heads, targets = make_loops("aa"), make_targets(3, 2)
+    targets[1].remove("gt_masks")
+    with pytest.raises(ValueError, match=r"MODEL\.MASK_ON is True, but an image's objects have no"):
+        train_step(heads, make_proposals(30, 30), targets)

@@ -37,6 +37,7 @@ INSTALL_REQUIRES = [
     "shapely>=2.0",  # fvcore asks for it to crop polygon masks
     "tqdm>=4.60",
     "tensorboard>=2.11",
+    "safetensors>=0.4",
     # For Detectron2.
     "fvcore>=0.1.5,<0.1.6",
     "iopath>=0.1.7,<0.1.11",

@@ -22,8 +22,8 @@ from il_net.checkpoint import Checkpointer  # noqa: E402
 from il_net.config import load_config  # noqa: E402
 from il_net.data.datasets import register_datasets  # noqa: E402
 from il_net.data.validate import validate_datasets  # noqa: E402
+from il_net.engine.il_trainer import trainer_class  # noqa: E402
 from il_net.engine.launch import choose_url, launch  # noqa: E402
-from il_net.engine.trainer import Trainer  # noqa: E402
 from il_net.errors import plain_errors  # noqa: E402
 from sbr_cnn import add_sbr_cnn_config  # noqa: E402
 
@@ -53,18 +53,19 @@ def main(args: argparse.Namespace) -> dict | None:
         cfg = setup(args)
     if args.eval_only:
         with plain_errors():
-            model = Trainer.build_model(cfg)
+            trainer = trainer_class(cfg)
+            model = trainer.build_model(cfg)
             checkpointer = Checkpointer(model, cfg.OUTPUT_DIR)
             resumed = args.resume and checkpointer.has_checkpoint()
             checkpointer.load_complete(
                 checkpointer.get_checkpoint_file() if resumed else cfg.MODEL.WEIGHTS
             )
-        results = Trainer.test(cfg, model)
+        results = trainer.test(cfg, model)
         if comm.is_main_process():
             verify_results(cfg, results)
         return results
     with plain_errors():
-        trainer = Trainer(cfg)
+        trainer = trainer_class(cfg)(cfg)
         trainer.resume_or_load(resume=args.resume)
     return trainer.train()
 

@@ -9,11 +9,23 @@ from typing import Protocol, runtime_checkable
 from urllib.error import URLError
 
 from detectron2.checkpoint import DetectionCheckpointer
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from .weights import LITE0_WEIGHTS, lite0_file, rename_foreign
 
 logger = logging.getLogger(__name__)
+
+# What readers of weights raise on a file that holds none.
+_UNREADABLE = (
+    pickle.UnpicklingError,
+    SafetensorError,
+    RuntimeError,
+    LookupError,
+    EOFError,
+    ValueError,
+)
 
 
 @runtime_checkable
@@ -77,8 +89,9 @@ def _first_of(names: Iterable[str], count: int = 5) -> str:
 class Checkpointer(DetectionCheckpointer):
     """Detectron2's checkpointer with counts of what matched and more kinds of weights.
 
-    Also reads ``LITE0_WEIGHTS`` and torchvision's ResNets (see :mod:`il_net.weights`), and lets
-    the model's modules rename foreign tensors (see :class:`AdoptsState`).
+    Also reads ``.safetensors`` files, ``LITE0_WEIGHTS`` and torchvision's ResNets (see
+    :mod:`il_net.weights`), and lets the model's modules rename foreign tensors (see
+    :class:`AdoptsState`).
 
     Attributes:
         report: the ``LoadReport`` of the last file loaded, None before.
@@ -119,8 +132,11 @@ class Checkpointer(DetectionCheckpointer):
 
     def _load_file(self, filename: str) -> dict:
         try:
-            loaded = super()._load_file(filename)
-        except (pickle.UnpicklingError, RuntimeError, LookupError, EOFError, ValueError) as error:
+            if filename.endswith(".safetensors"):
+                loaded = {"model": load_file(filename)}
+            else:
+                loaded = super()._load_file(filename)
+        except _UNREADABLE as error:
             raise ValueError(f"MODEL.WEIGHTS: {filename} can't be read: {error}") from error
         loaded["model"] = rename_foreign(loaded["model"], self.model)
         return loaded

@@ -10,8 +10,10 @@ import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
 
+from . import modeling  # noqa: F401  (registers the architectures that a configuration may name)
+
 # Keys that take a tuple of names and accept a single plain name as well.
-_NAME_TUPLES = ("TRAIN", "TEST")
+_NAME_TUPLES = ("TRAIN", "TEST", "UNLABELED")
 
 
 def add_il_net_config(cfg: CfgNode) -> None:
@@ -25,6 +27,88 @@ def add_il_net_config(cfg: CfgNode) -> None:
     # The model's class names in order. () = read from the training data; setup fills it in, so
     # that the config.yaml of a run names its classes.
     cfg.DATASETS.CLASSES = ()
+
+    # Semi-supervised training reads images without labels from these datasets (of any type; their
+    # labels are never read) and, with SPLIT.PERCENT below 100, the rest of DATASETS.TRAIN.
+    cfg.DATASETS.UNLABELED = ()
+    cfg.DATASETS.SPLIT = CfgNode()
+    # Percentage of DATASETS.TRAIN's images that keep their labels, and the draw's seed.
+    cfg.DATASETS.SPLIT.PERCENT = 100.0
+    cfg.DATASETS.SPLIT.SEED = 1
+    # A split file instead of a draw: Unbiased Teacher's COCO_supervision.txt, or one written by
+    # tools/split_dataset.py; PERCENT and SEED choose the list in it.
+    cfg.DATASETS.SPLIT.FILE = ""
+    # Draw every class in proportion; draw so that a smaller percentage's images are in a larger's.
+    cfg.DATASETS.SPLIT.STRATIFIED = False
+    cfg.DATASETS.SPLIT.NESTED = False
+
+    # Unlabelled images per step, of all processes together (labelled: IMS_PER_BATCH).
+    cfg.SOLVER.IMS_PER_BATCH_UNLABELED = 0
+    # Batches whose gradients are averaged before a step.
+    cfg.SOLVER.ACCUMULATE = 1
+
+    cfg.INPUT.STRONG_AUG = CfgNode()
+    # The strong view's changes: colour jitter, grayscale, blur, three erased rectangles.
+    cfg.INPUT.STRONG_AUG.ENABLED = True
+    cfg.INPUT.STRONG_AUG.JITTER_PROB = 0.8
+    cfg.INPUT.STRONG_AUG.GRAY_PROB = 0.2
+    cfg.INPUT.STRONG_AUG.BLUR_PROB = 0.5
+    cfg.INPUT.STRONG_AUG.ERASE = True
+
+    # Read by MODEL.META_ARCHITECTURE: TeacherStudentRCNN.
+    cfg.SEMISUP = CfgNode()
+    # The detector that student and teacher are: any registered meta-architecture with a backbone,
+    # a proposal generator and RoI heads.
+    cfg.SEMISUP.DETECTOR = "GeneralizedRCNN"
+    # Steps on labelled images alone; then the teacher becomes a copy of the student.
+    cfg.SEMISUP.BURN_IN_ITERS = 2000
+    cfg.SEMISUP.EMA = CfgNode()
+    # teacher = KEEP_RATE * teacher + (1 - KEEP_RATE) * student, every PERIOD steps.
+    cfg.SEMISUP.EMA.KEEP_RATE = 0.9996
+    cfg.SEMISUP.EMA.PERIOD = 1
+    cfg.SEMISUP.PSEUDO = CfgNode()
+    # A teacher's box is a pseudo label above this class score (delta), with both sides of at least
+    # MIN_SIDE pixels of the resized image, and among the best MAX_PER_IMAGE of its image.
+    cfg.SEMISUP.PSEUDO.SCORE_THRESH = 0.7
+    cfg.SEMISUP.PSEUDO.MIN_SIDE = 2.0
+    cfg.SEMISUP.PSEUDO.MAX_PER_IMAGE = 100
+    # Read the labels that "unlabelled" images may have and write how good the pseudo labels are;
+    # the student never sees them.
+    cfg.SEMISUP.PSEUDO.COMPARE_WITH_TRUTH = False
+    cfg.SEMISUP.LOSS_WEIGHT = CfgNode()
+    # Weights of the losses on unlabelled images; 0 leaves a loss out. The thesis' alpha (CLS,
+    # RPN_CLS), beta (BOX_REG, RPN_LOC) and gamma (IOU).
+    cfg.SEMISUP.LOSS_WEIGHT.CLS = 4.0
+    cfg.SEMISUP.LOSS_WEIGHT.RPN_CLS = 4.0
+    cfg.SEMISUP.LOSS_WEIGHT.BOX_REG = 0.0
+    cfg.SEMISUP.LOSS_WEIGHT.RPN_LOC = 0.0
+    cfg.SEMISUP.LOSS_WEIGHT.IOU = 4.0
+    cfg.SEMISUP.LOSS_WEIGHT.MASK = 0.0
+    # The focal RoI classifier's gamma; 0 is plain cross-entropy.
+    cfg.SEMISUP.FOCAL_GAMMA = 1.5
+    # One backbone pass of the student over labelled and unlabelled images together: faster, more
+    # memory. False: one after the other.
+    cfg.SEMISUP.MERGED_FORWARD = True
+    # The teacher proposes as many boxes as in training (published code), not as at test.
+    cfg.SEMISUP.TEACHER_TRAIN_PROPOSALS = False
+    # Which models are evaluated: ("teacher", "student") or one of them.
+    cfg.SEMISUP.EVAL = ("teacher", "student")
+
+    cfg.MODEL.ROI_IOU_HEAD = CfgNode()
+    # The IoU-classification branch: will this box, once refined, overlap its object enough?
+    cfg.MODEL.ROI_IOU_HEAD.ENABLED = False
+    # What it reads: "feature" (always) and, if named, class "logits" and box "deltas".
+    cfg.MODEL.ROI_IOU_HEAD.INPUTS = ("feature", "logits", "deltas")
+    cfg.MODEL.ROI_IOU_HEAD.HIDDEN_DIM = 1024
+    # Between its two layers: "elu" or "none".
+    cfg.MODEL.ROI_IOU_HEAD.ACTIVATION = "elu"
+    # Training target: IoU above this (mu). Filter: predicted probability above this (theta).
+    cfg.MODEL.ROI_IOU_HEAD.TRAIN_THRESH = 0.75
+    cfg.MODEL.ROI_IOU_HEAD.TEST_THRESH = 0.4
+    cfg.MODEL.ROI_IOU_HEAD.FILTER = True
+    # "focal" (classification), "soft_focal" (the IoU itself as target), "smooth_l1" (regression).
+    cfg.MODEL.ROI_IOU_HEAD.LOSS = "focal"
+    cfg.MODEL.ROI_IOU_HEAD.FOCAL_GAMMA = 1.5
 
     # Number format under SOLVER.AMP.ENABLED: "bf16", or "fp16" with loss scaling.
     cfg.SOLVER.AMP.DTYPE = "bf16"

@@ -284,7 +284,7 @@ class LoopROIHeads(ROIHeads):
                     )
                 ]
         # The last loop's own coder decodes its deltas, whichever pair that is.
-        merged = (logits / len(order), predictions[1])
+        merged = (logits / len(order), *predictions[1:])
         detections, _ = pair.box_predictor.inference(merged, proposals)
         return detections
 

@@ -51,6 +51,9 @@ def test_configuration_merges_and_builds(path):
         pytest.importorskip("timm")
     model = build_model(cfg)
     assert type(model).__name__ == cfg.MODEL.META_ARCHITECTURE
+    if cfg.MODEL.META_ARCHITECTURE == "TeacherStudentRCNN":
+        assert type(model.teacher).__name__ == cfg.SEMISUP.DETECTOR
+        model = model.student
     assert type(model.roi_heads).__name__ == cfg.MODEL.ROI_HEADS.NAME
     assert model.roi_heads.num_classes == cfg.MODEL.ROI_HEADS.NUM_CLASSES
     assert {p.device.type for p in model.parameters()} == {"cpu"}

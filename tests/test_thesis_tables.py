@@ -1,6 +1,6 @@
 """configs/thesis_tables.yaml: complete, consistent, and every row's parameters as printed.
 
-Expected values are the thesis' own columns and sentences (tables 2.1 to 2.20), or arithmetic.
+Expected values are the thesis' own columns and sentences (tables 2.1 to 2.25), or arithmetic.
 """
 
 import importlib
@@ -19,7 +19,9 @@ TABLES = {
     **{"2.1": 3, "2.2": 4, "2.3": 6, "2.4": 6, "2.5": 8, "2.6": 6, "2.7": 6, "2.8": 5, "2.9": 11},
     **{"2.10": 8, "2.11": 5, "2.12": 5, "2.13": 6, "2.14": 8, "2.15": 12, "2.16": 12},
     **{"2.17": 7, "2.18": 7, "2.19": 2, "2.20": 10},
+    **{"2.21": 4, "2.22": 3, "2.23": 6, "2.24": 5, "2.25": 6, "fig2.16b": 2},
 }
+IL_NET = ("2.21", "2.22", "2.23", "2.24", "2.25", "fig2.16b")
 ALL_AP = ["AP", "AP50", "AP75", "APs", "APm", "APl"]
 LOOP = "MODEL.ROI_LOOP_HEAD."
 
@@ -39,8 +41,15 @@ def rows(tables):
 
 @pytest.fixture(scope="module")
 def configs(rows):
-    """The resolved configuration of every row that has one."""
-    return {row.id: row.resolve([]) for row in rows.values() if not row.external}
+    """The resolved configuration of every row of sections 2.1 to 2.3 that has one."""
+    chosen = [row for row in rows.values() if not row.external and row.table not in IL_NET]
+    return {row.id: row.resolve([]) for row in chosen}
+
+
+@pytest.fixture(scope="module")
+def semi_configs(rows):
+    """The resolved configuration of every row of section 2.4."""
+    return {row.id: row.resolve([]) for row in rows.values() if row.table in IL_NET}
 
 
 @pytest.fixture(scope="module")
@@ -111,9 +120,11 @@ def test_every_printed_column_is_there(rows):
         rest = set(row.thesis) - {"box", "mask"}
         if row.table == "2.10":
             assert (box, mask, rest) == ([], [], {"params"}), row.id
+        elif row.table == "fig2.16b":  # curves
+            assert row.thesis == {}, row.id
         elif row.table in ("2.9", "2.20"):
             assert (box, mask, rest) == (ALL_AP, ALL_AP, set()), row.id
-        elif row.table in ("2.1", "2.2", "2.3", "2.4", "2.5", "2.17", "2.18", "2.19"):
+        elif row.table in ("2.1", "2.2", "2.3", "2.4", "2.5", "2.17", "2.18", "2.19", *IL_NET):
             both = row.id in ("2.5/5", "2.5/6", "2.5/7", "2.5/8")
             assert (box, mask, rest) == (ALL_AP, ALL_AP if both else [], set()), row.id
         else:
@@ -149,6 +160,8 @@ def test_one_setup_has_one_result(rows):
         *(("2.7/4", "2.6/4"), ("2.8/4", "2.6/4"), ("2.12/4", "2.11/4"), ("2.13/4", "2.11/4")),
         *(("2.15/2", "2.11/4"), ("2.16/2", "2.15/6"), ("2.16/8", "2.15/11"), ("2.9/3", "2.6/6")),
         *(("2.2/3", "2.4/2"), ("2.1/3", "2.2/2"), ("2.9/1", "2.5/5"), ("2.20/1", "2.5/5")),
+        *(("2.25/1", "2.22/1"), ("2.25/2", "2.21/2"), ("2.25/6", "2.24/2")),
+        *(("2.23/4", "2.22/2"), ("2.24/3", "2.22/2"), ("fig2.16b/1", "2.22/2")),
     ],
 )
 def test_rows_that_the_thesis_calls_the_same_are(rows, row, same):
@@ -174,6 +187,27 @@ def test_rows_that_the_thesis_calls_the_same_are(rows, row, same):
 def test_gains_are_those_of_the_text(rows, row, other, task, name, gain):
     difference = rows[row].thesis[task][name] - rows[other].thesis[task][name]
     assert difference == pytest.approx(gain)
+
+
+@pytest.mark.parametrize(
+    ("row", "other", "gain"), [("2.22/3", "2.22/1", 0.48), ("2.25/4", "2.25/1", 1.14)]
+)
+def test_gains_of_il_net_are_those_of_the_text(rows, row, other, gain):
+    """Figures of three decimals, differences of two."""
+    difference = rows[row].thesis["box"]["AP"] - rows[other].thesis["box"]["AP"]
+    assert difference == pytest.approx(gain, abs=0.005)
+
+
+def test_average_precision_is_written_as_printed(rows):
+    assert rows["2.15/5"].printed_ap("mask") == "37.6"
+    assert rows["2.24/2"].printed_ap("box") == "31.630"
+    assert rows["2.24/2"].printed_ap("mask") == rows["2.10/1"].printed_ap("box") == ""
+    assert rows["fig2.16b/2"].printed_ap("box") == ""
+
+
+def test_a_figure_is_not_called_a_table(rows):
+    assert rows["2.21/1"].heading.startswith("Table 2.21: IL-net")
+    assert rows["fig2.16b/1"].heading.startswith("Fig. 2.16b: IoU branch")
 
 
 # ---- settings ----
@@ -285,6 +319,78 @@ def test_loops_that_only_the_code_tells(configs):
             assert list(node.IOUS) == ious[: len(node.ORDER)], row_id
 
 
+def test_il_net_trains_as_the_text_says(semi_configs):
+    """Section 2.4.4: implementation details; Unbiased Teacher's augmentation (methods 2.2)."""
+    assert len(semi_configs) == 26
+    for row_id, cfg in semi_configs.items():
+        solver, weight = cfg.SOLVER, cfg.SEMISUP.LOSS_WEIGHT
+        assert cfg.MODEL.META_ARCHITECTURE == "TeacherStudentRCNN", row_id
+        assert (solver.IMS_PER_BATCH, solver.IMS_PER_BATCH_UNLABELED) == (12, 12), row_id
+        assert (solver.BASE_LR, solver.WEIGHT_DECAY, solver.MOMENTUM) == (0.0075, 1e-4, 0.9)
+        assert (solver.MAX_ITER, tuple(solver.STEPS)) == (180_000, (179_990, 179_995)), row_id
+        assert (weight.CLS, weight.RPN_CLS, weight.IOU, weight.MASK) == (4, 4, 4, 0), row_id
+        assert weight.BOX_REG == weight.RPN_LOC, row_id
+        assert (cfg.DATASETS.SPLIT.PERCENT, cfg.DATASETS.SPLIT.SEED) == (10, 1), row_id
+        assert (cfg.SEMISUP.BURN_IN_ITERS, cfg.SEMISUP.EMA.KEEP_RATE) == (2000, 0.9996), row_id
+        assert cfg.SEMISUP.PSEUDO.SCORE_THRESH == 0.7, row_id
+        assert list(cfg.INPUT.MIN_SIZE_TRAIN) == [640, 672, 704, 736, 768, 800], row_id
+        assert cfg.MODEL.RESNETS.NORM == "FrozenBN", row_id  # Unbiased Teacher's
+        assert not cfg.MODEL.MASK_ON, row_id
+
+
+BETA = {"2.21": [0.5, 1, 2, 4], "2.25": [0, 1, 1, 1, 1, 0]}
+# What the branch reads: x, scores, deltas; "" is no branch.
+INPUT_LETTERS = {"feature": "x", "logits": "s", "deltas": "d"}
+BRANCH = {
+    "2.21": ["", "", "", ""],
+    "2.22": ["", "xsd", "xsd"],
+    "2.25": ["", "", "x", "xs", "xsd", "xsd"],
+}
+MU = {"2.23": [0.5, 0.6, 0.7, 0.75, 0.8, 0.9]}
+THETA = {
+    "2.22": [None, 0.5, 0.5],
+    "2.23": [0.5] * 6,
+    "2.24": [0.3, 0.4, 0.5, 0.6, 0.7],
+    "fig2.16b": [0.5, 0.5],
+}
+# Rows whose published config has no ELU (methods 5).
+NO_ELU = {"2.22/2", "2.22/3", "2.23/4", "2.24/3", "fig2.16b/1", "fig2.16b/2"}
+
+
+@pytest.mark.parametrize("table", IL_NET)
+def test_il_net_columns(semi_configs, table):
+    chosen = {k: cfg for k, cfg in semi_configs.items() if k.split("/")[0] == table}
+    count = len(chosen)
+    columns = zip(
+        chosen.items(),
+        BETA.get(table, [0] * count),
+        BRANCH.get(table, ["xsd"] * count),
+        MU.get(table, [0.75] * count),
+        THETA.get(table, [0.4] * count),
+        strict=True,
+    )
+    for (row_id, cfg), beta, inputs, mu, theta in columns:
+        head = cfg.MODEL.ROI_IOU_HEAD
+        enabled, found_beta = head.ENABLED, cfg.SEMISUP.LOSS_WEIGHT.BOX_REG
+        assert (found_beta, enabled) == (beta, bool(inputs)), row_id
+        if not enabled:
+            continue
+        assert "".join(INPUT_LETTERS[name] for name in head.INPUTS) == inputs, row_id
+        thresholds, filtering = (head.TRAIN_THRESH, head.TEST_THRESH), head.FILTER
+        assert thresholds == (mu, theta), row_id
+        assert filtering == (row_id != "2.22/3"), row_id
+        activation, loss = head.ACTIVATION, head.LOSS
+        assert activation == ("none" if row_id in NO_ELU else "elu"), row_id
+        assert loss == ("smooth_l1" if row_id == "fig2.16b/2" else "focal"), row_id
+        assert (head.HIDDEN_DIM, head.FOCAL_GAMMA) == (1024, 1.5), row_id
+
+
+def test_best_row_is_the_configuration_of_il_net(tables, semi_configs):
+    path = REPO / "configs" / "il_net" / "il_net_r50_fpn_coco10.yaml"
+    cfg = tables.load_config(str(path), [], tables.add_sbr_cnn_config)
+    assert semi_configs["2.25/4"] == cfg
+
+
 def test_rows_that_share_weights_differ_in_the_loops_at_test_only(rows):
     shared = [row for row in rows.values() if row.same_weights_as]
     assert [row.id for row in shared] == [f"{t}/{n}" for t in ("2.7", "2.13") for n in (2, 3, 5, 6)]
@@ -331,6 +437,21 @@ def test_exact_counts_of_groie_are_arithmetic(rows, counter):
     # Grid R-CNN's own count is printed nowhere; GRoIE adds one extractor to either branch.
     grid, with_groie = (counter.count(rows[row_id]) for row_id in ("2.5/3", "2.5/4"))
     assert with_groie - grid == 2 * v1
+
+
+def test_exact_counts_of_il_net_are_arithmetic(rows):
+    """Faster R-CNN with Detectron2's FrozenBN, 80 classes, and the branch's two linear layers."""
+    faster = 41_527_712 - 50_176  # methods-sbr-cnn 11
+    inputs = {"x": 1024, "xs": 1024 + 81, "xsd": 1024 + 81 + 4 * 80, "": None}
+
+    def branch(width):
+        return 0 if width is None else (width + 1) * 1024 + (1024 + 1) * 81
+
+    # methods-il-net 3.1
+    assert [branch(w) for w in inputs.values()] == [1_132_625, 1_215_569, 1_543_249, 0]
+    for table in IL_NET:
+        expected = [faster + branch(inputs[k]) for k in BRANCH.get(table, ["xsd"] * TABLES[table])]
+        assert [r.exact_params for r in rows.values() if r.table == table] == expected, table
 
 
 @pytest.mark.parametrize(

@@ -7,14 +7,15 @@ python tools/reproduce.py show ROW
 python tools/reproduce.py run ROW [train_net.py's options] [KEY VALUE ...]
 python tools/reproduce.py report [--table 2.15] [DIR ...]
 
-A ROW is named by table and number: 2.15/5. Figures and settings are in configs/thesis_tables.yaml.
-list    the rows with the thesis' figures
+A ROW is named by table and number, 2.15/5, a curve by figure and number, fig2.16b/1. Results and
+settings are in configs/thesis_tables.yaml.
+list    the rows with the thesis' results
 params  builds every row's model and compares its trainable parameters; exit code 1: some differ
 show    the row's notes and, as YAML, its whole configuration
 run     trains the row into output/thesis/2.15-5, with --eval-only evaluates it; what is typed after
         ROW goes to train_net.py and wins over the row's settings
-report  a Markdown table of the thesis' figures beside those of finished runs; a DIR is a run's
-        folder or holds such folders
+report  a Markdown table of the thesis' results beside those of finished runs (of semi-supervised
+        ones the teacher's); a DIR is a run's folder or holds such folders
 """
 
 import argparse
@@ -40,7 +41,7 @@ def list_rows(rows: list[Row]) -> None:
     """Print one line a row."""
     lines = []
     for row in rows:
-        box, mask = (row.thesis.get(task, {}).get("AP", "") for task in ("box", "mask"))
+        box, mask = row.printed_ap("box"), row.printed_ap("mask")
         lines.append((row.id, row.title, box, mask, row.thesis.get("params", ""), remark(row)))
     headers = ("row", "method", "box AP", "mask AP", "parameters", "")
     print(tabulate(lines, headers=headers, disable_numparse=True))
@@ -72,7 +73,7 @@ def check_params(rows: list[Row]) -> int:
 
 def show(row: Row) -> None:
     """Print the row's notes, as YAML comments, and its whole configuration."""
-    lines = [f"{row.id} {row.title}", f"Table {row.table}: {row.caption}"]
+    lines = [f"{row.id} {row.title}", row.heading]
     lines += [f"Thesis: {json.dumps(row.thesis)}", *row.notes]
     if row.same_weights_as:
         lines.append(weights_hint(row))

@@ -1,7 +1,8 @@
 """Finished runs beside the thesis' figures, as Markdown, for tools/reproduce.py.
 
 A run is a folder with thesis_row.json, which names its row, and what train_net.py wrote there:
-config.yaml, metrics.json and inference/<dataset>/results.json.
+config.yaml, metrics.json and inference/<dataset>/results.json; of a semi-supervised run the
+teacher's, teacher/inference/<dataset>/results.json.
 """
 
 import json
@@ -15,6 +16,7 @@ from tabulate import tabulate
 from thesis_tables import ParameterCounter, Row, find_row
 
 from il_net.config import load_config
+from il_net.modeling.teacher_student import TeacherStudentRCNN
 from sbr_cnn import add_sbr_cnn_config
 
 ROW_FILE = "thesis_row.json"
@@ -40,13 +42,25 @@ _FREE_KEYS = {
     "MODEL.ROI_HEADS.NUM_CLASSES",
     "OUTPUT_DIR",
     "SEED",
+    "SEMISUP.EVAL",
+    "SEMISUP.MERGED_FORWARD",
+    "SEMISUP.PSEUDO.COMPARE_WITH_TRUTH",
     "SOLVER.CHECKPOINT_PERIOD",
     "TEST.EVAL_PERIOD",
     "VIS_PERIOD",
 }
 # Differences that are shown with their values, and first.
-_FIRST_KEYS = ("SOLVER.MAX_ITER", "SOLVER.IMS_PER_BATCH", "DATASETS.TRAIN", "DATASETS.TEST")
+_FIRST_KEYS = (
+    "SOLVER.MAX_ITER",
+    "SOLVER.IMS_PER_BATCH",
+    "SOLVER.IMS_PER_BATCH_UNLABELED",
+    "DATASETS.TRAIN",
+    "DATASETS.SPLIT.PERCENT",
+    "DATASETS.TEST",
+)
 _OTHER_KEYS_SHOWN = 4
+# The published list of labelled images has to be fetched, so no row names it.
+_SPLIT_FILE = "DATASETS.SPLIT.FILE"
 
 
 @dataclass(frozen=True)
@@ -88,7 +102,7 @@ def report(rows: dict[str, Row], selected: list[Row], folders: list[Path]) -> st
             for run in by_setup.get(row.setup, [None]):
                 lines += run_lines(row, run, counter)
         markdown = tabulate(lines, headers=HEADERS, tablefmt="github", disable_numparse=True)
-        text.append(f"### Table {table}: {members[0].caption}\n\n{markdown}\n")
+        text.append(f"### {members[0].heading}\n\n{markdown}\n")
     return "\n".join(text)
 
 
@@ -112,20 +126,28 @@ def read_run(folder: Path) -> Run:
         records = [json.loads(line) for line in metrics.read_text().splitlines()]
         trained = [record["iteration"] + 1 for record in records if "total_loss" in record]
         iterations = max(trained, default=None)
+    cfg = load_config(str(config), [], add_sbr_cnn_config) if config.exists() else None
+    # The thesis' figures are the teacher's.
+    tested = folder / "teacher" if cfg is not None and is_semi_supervised(cfg) else folder
     return Run(
         row=json.loads((folder / ROW_FILE).read_text())["row"],
-        cfg=load_config(str(config), [], add_sbr_cnn_config) if config.exists() else None,
+        cfg=cfg,
         iterations=iterations,
         results={
             path.parent.name: json.loads(path.read_text())
-            for path in sorted(folder.glob("inference/*/results.json"))
+            for path in sorted(tested.glob("inference/*/results.json"))
         },
     )
 
 
+def is_semi_supervised(cfg: CfgNode) -> bool:
+    """Whether a teacher labels images for a student."""
+    return TeacherStudentRCNN.__name__ == cfg.MODEL.META_ARCHITECTURE
+
+
 def run_lines(row: Row, run: Run | None, counter: ParameterCounter) -> list[tuple[str, ...]]:
     """Lines of the table for one run, one for each dataset it was tested on."""
-    box, mask = (str(row.thesis.get(task, {}).get("AP", "")) for task in ("box", "mask"))
+    box, mask = row.printed_ap("box"), row.printed_ap("mask")
     params = row.thesis.get("params", "")
     if run is None or run.cfg is None:
         state = "not run" if not row.external else "another project's model"
@@ -143,9 +165,9 @@ def run_lines(row: Row, run: Run | None, counter: ParameterCounter) -> list[tupl
             row.id,
             row.title,
             box,
-            _ap(result, "bbox"),
+            _ap(result, "bbox", row.decimals),
             mask,
-            _ap(result, "segm"),
+            _ap(result, "segm", row.decimals),
             params,
             count,
             dataset,
@@ -156,11 +178,11 @@ def run_lines(row: Row, run: Run | None, counter: ParameterCounter) -> list[tupl
     ]
 
 
-def _ap(result: dict, task: str) -> str:
+def _ap(result: dict, task: str, decimals: int) -> str:
     if task not in result:
         return ""
     ap = result[task]["AP"]  # null where nothing was detected
-    return "none" if ap is None else f"{ap:.1f}"
+    return "none" if ap is None else f"{ap:.{decimals}f}"
 
 
 def remarks_on(row: Row, run: Run, wanted: CfgNode) -> list[str]:
@@ -175,6 +197,9 @@ def remarks_on(row: Row, run: Run, wanted: CfgNode) -> list[str]:
     if row.same_weights_as:
         remarks.append(f"weights of {row.same_weights_as}")
     different = differences(run.cfg, wanted)
+    split = different.pop(_SPLIT_FILE, None)
+    if is_semi_supervised(wanted):
+        remarks.append(f"labelled images of {split[0]}" if split else "labelled images drawn")
     weights = different.pop("MODEL.WEIGHTS", None)  # evaluating again, or a copy of the same file
     if weights and not row.same_weights_as:
         remarks.append(f"MODEL.WEIGHTS {weights[0]}")

@@ -29,8 +29,8 @@ class Row:
     """One row of a table.
 
     Attributes:
-        id: "2.15/5", table and row.
-        caption: the table's.
+        id: "2.15/5", table and row, or "fig2.16b/1", figure and curve.
+        caption: the table's or figure's.
         keys: configuration keys and values on top of ``config``.
         notes: those of the table, then the row's own.
         others: as the head of the file says.
@@ -51,8 +51,27 @@ class Row:
 
     @property
     def table(self) -> str:
-        """The number before the slash: "2.15"."""
+        """What is before the slash: "2.15", or "fig2.16b"."""
         return self.id.split("/")[0]
+
+    @property
+    def heading(self) -> str:
+        """The table's or figure's name and caption."""
+        name = f"Table {self.table}"
+        if self.table.startswith("fig"):
+            name = f"Fig. {self.table.removeprefix('fig')}"
+        return f"{name}: {self.caption}"
+
+    @property
+    def decimals(self) -> int:
+        """With how many decimals the thesis prints the row's average precisions."""
+        values = [v for task in ("box", "mask") for v in self.thesis.get(task, {}).values()]
+        return max((len(str(value).partition(".")[2]) for value in values), default=1)
+
+    def printed_ap(self, task: str) -> str:
+        """The thesis' AP of "box" or "mask", "" where there is none."""
+        ap = self.thesis.get(task, {}).get("AP")
+        return "" if ap is None else f"{ap:.{self.decimals}f}"
 
     @property
     def setup(self) -> str:
@@ -168,7 +187,7 @@ class ParameterCounter:
         """The model of a configuration, on the meta device."""
         cfg = cfg.clone()
         cfg.MODEL.DEVICE = "meta"
-        text = cfg.MODEL.dump()
+        text = f"{cfg.MODEL.dump()}{cfg.SEMISUP.DETECTOR}"
         if text not in self._models:
             with torch.device("meta"):
                 self._models[text] = build_model(cfg)

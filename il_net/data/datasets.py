@@ -142,9 +142,9 @@ def _check_classes(key: str, value: Any) -> ClassNames:
 
 
 def _check_names(cfg: CfgNode, sources: dict[str, Source]) -> None:
-    """Every dataset of the run is registered, and those to train on have labels."""
+    """Every dataset of the run is registered, and those to train and test on have labels."""
     known = [*sources, *DatasetCatalog.list()]
-    for key in ("TRAIN", "TEST"):
+    for key in ("TRAIN", "TEST", "UNLABELED"):
         for name in cfg.DATASETS[key]:
             if name not in known:
                 close = difflib.get_close_matches(name, known, n=5, cutoff=0.5)
@@ -153,6 +153,13 @@ def _check_names(cfg: CfgNode, sources: dict[str, Source]) -> None:
                     f"{close or 'none'}; in {_KEY}: {list(sources)}"
                 )
             source = sources.get(name)
+            if key == "UNLABELED":
+                continue
+            if isinstance(source, CocoSource) and not source.categories:
+                raise ValueError(
+                    f"DATASETS.{key}: '{name}': {source.json_file}: 'categories' must be a list "
+                    "with at least one category"
+                )
             if isinstance(source, ImagesSource):
                 raise ValueError(
                     f"DATASETS.{key}: '{name}' is of type images and has no labels to train on or "

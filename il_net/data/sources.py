@@ -59,8 +59,8 @@ class CocoSource:
             FileNotFoundError: names `key`, the path as configured and where it was looked for.
             ValueError: unusable `categories`, or names that `classes` lacks.
         """
-        json_file = _find(json, f"{key}.json", os.path.isfile, "file")
-        image_root = _find(images, f"{key}.images", os.path.isdir, "folder")
+        json_file = find_path(json, f"{key}.json", os.path.isfile, "file")
+        image_root = find_path(images, f"{key}.images", os.path.isdir, "folder")
         stat = os.stat(json_file)
         categories = _read_categories(json_file, stat.st_mtime_ns, stat.st_size)
         names = tuple(name for _, name in categories)
@@ -114,7 +114,7 @@ class VocSource:
             ValueError: an unusable list, an xml file without what Detectron2 reads from it, or
                 class names that `classes` lacks.
         """
-        found = _find(root, f"{key}.root", os.path.isdir, "folder")
+        found = find_path(root, f"{key}.root", os.path.isdir, "folder")
         image_ids = _read_split(_voc_part(found, key, "ImageSets", "Main", f"{split}.txt"))
         annotations = _voc_part(found, key, "Annotations")
         _check_listed(annotations, image_ids, ".xml", key)
@@ -175,7 +175,7 @@ class ImagesSource:
         """
         path = resolve_path(images)
         if not glob.has_magic(path):
-            path = _find(images, f"{key}.images", os.path.isdir, "folder (or glob)")
+            path = find_path(images, f"{key}.images", os.path.isdir, "folder (or glob)")
         source = cls(path)
         if next(source._walk(), None) is None:
             raise FileNotFoundError(
@@ -230,7 +230,12 @@ def _is_picture(path: str) -> bool:
     return name.lower().endswith(PICTURE_ENDINGS) and not name.startswith(".")
 
 
-def _find(path: str, key: str, exists: Callable[[str], bool], what: str) -> str:
+def find_path(path: str, key: str, exists: Callable[[str], bool], what: str) -> str:
+    """Where a configured path points to, after `exists` has said that there is such a `what`.
+
+    Raises:
+        FileNotFoundError: names `key`, the path as configured and where it was looked for.
+    """
     found = resolve_path(path)
     if not exists(found):
         raise FileNotFoundError(
@@ -245,9 +250,12 @@ def _find(path: str, key: str, exists: Callable[[str], bool], what: str) -> str:
 def _read_categories(json_file: str, mtime_ns: int, size: int) -> tuple[tuple[int, str], ...]:
     """(id, name) sorted by id; time and size are in the key so that a changed file is read again.
 
-    Only the categories stay in memory.
+    Only the categories stay in memory. A file without annotations may do without them.
     """
-    records = read_coco_json(json_file).get("categories")
+    data = read_coco_json(json_file)
+    records = data.get("categories")
+    if not records and not data.get("annotations"):
+        return ()
     if not isinstance(records, list) or not records:
         raise ValueError(f"{json_file}: 'categories' must be a list with at least one category")
     categories = []

@@ -72,8 +72,9 @@ def validate_coco(
     Args:
         json_file: the COCO file.
         image_root: the folder that `file_name` entries are relative to.
-        labeled: whether the file is for training; a test file may lack annotations.
-        scored: whether predictions will be compared with the file.
+        labeled: whether the file is for training; others may lack annotations.
+        scored: whether predictions will be compared with the file. If it is neither `labeled` nor
+            `scored` and has no annotations, it may lack categories.
         masks: whether masks will be trained on or compared.
 
     Returns:
@@ -90,6 +91,9 @@ def validate_coco(
         return Report(json_file, image_root, problems=tuple(findings.problems))
     if not labeled:
         data.setdefault("annotations", [])
+    images_only = not (labeled or scored or data["annotations"])
+    if images_only:
+        data["categories"] = []
     for key in _LISTS:
         if key not in data:
             findings.state(f"'{key}' is missing")
@@ -98,7 +102,7 @@ def validate_coco(
     if findings.problems:
         return Report(json_file, image_root, problems=tuple(findings.problems))
 
-    categories = _check_categories(data["categories"], findings)
+    categories = [] if images_only else _check_categories(data["categories"], findings)
     images = _check_images(data["images"], findings)
     _check_files([i["file_name"] for i in images], image_root, findings)
     annotations = _check_annotations(data["annotations"], findings, "minival" in json_file)
@@ -129,7 +133,7 @@ def validate_coco(
 
 
 def validate_datasets(cfg: "CfgNode") -> None:
-    """Validate every COCO-type dataset of `cfg.DATASETS.TRAIN` and `TEST`, one log entry each.
+    """Validate every COCO-type dataset of TRAIN, TEST and UNLABELED, one log entry each.
 
     Call it after `register_datasets`. Datasets without `json_file` and `image_root` in their
     metadata, and those of another evaluator type (LVIS, panoptic), are passed over.
@@ -141,7 +145,9 @@ def validate_datasets(cfg: "CfgNode") -> None:
     from detectron2.data import MetadataCatalog
 
     broken = []
-    for name in dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)):
+    labeled = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
+    # A plain Detectron2 configuration has no UNLABELED.
+    for name in dict.fromkeys((*labeled, *cfg.DATASETS.get("UNLABELED", ()))):
         meta = MetadataCatalog.get(name)
         json_file, image_root = meta.get("json_file"), meta.get("image_root")
         if not json_file or not image_root or meta.get("evaluator_type", "coco") != "coco":
@@ -157,7 +163,7 @@ def validate_datasets(cfg: "CfgNode") -> None:
             image_root,
             labeled=name in cfg.DATASETS.TRAIN,
             scored=name in cfg.DATASETS.TEST,
-            masks=cfg.MODEL.MASK_ON,
+            masks=cfg.MODEL.MASK_ON and name in labeled,
         )
         text = f"dataset '{name}': {report.summary()}"
         logger.log(logging.WARNING if report.problems else logging.INFO, text)

@@ -1,5 +1,6 @@
 """The training step with mixed precision, and the trainer assembled from a configuration."""
 
+import contextlib
 import logging
 import time
 import weakref
@@ -7,12 +8,15 @@ from collections.abc import Iterable
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.data import build_detection_train_loader
 from detectron2.engine import DefaultTrainer, SimpleTrainer, TrainerBase, create_ddp_model
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..checkpoint import Checkpointer
+from ..data.split import make_split, split_records, train_records, write_split
 from ..evaluation.build import build_evaluator
 
 logger = logging.getLogger(__name__)
@@ -30,6 +34,7 @@ class TrainStep(SimpleTrainer):
     Args:
         model, data_loader, optimizer: as in ``SimpleTrainer``.
         amp_dtype: None for full precision; fp16 scales the loss.
+        accumulate: batches whose gradients are averaged before the update.
     """
 
     def __init__(
@@ -39,8 +44,10 @@ class TrainStep(SimpleTrainer):
         optimizer: torch.optim.Optimizer,
         *,
         amp_dtype: torch.dtype | None = None,
+        accumulate: int = 1,
     ) -> None:
         super().__init__(model, data_loader, optimizer)
+        self.accumulate = accumulate
         self.amp_dtype = amp_dtype
         self.device_type = next(model.parameters()).device.type
         self.grad_scaler = torch.amp.GradScaler(
@@ -48,20 +55,27 @@ class TrainStep(SimpleTrainer):
         )
 
     def run_step(self) -> None:
-        """Draw a batch, sum the losses, update the weights."""
+        """Draw the batches, sum the losses, update the weights."""
         assert self.model.training, "the model was left in evaluation mode"
-        start = time.perf_counter()
-        data = next(self._data_loader_iter)
-        data_time = time.perf_counter() - start
-        with torch.autocast(
-            self.device_type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None
-        ):
-            loss_dict = self.model(data)
-            loss = sum(loss_dict.values())
         self.optimizer.zero_grad()
-        self.grad_scaler.scale(loss).backward()
+        sums: dict[str, Tensor] = {}
+        data_time = 0.0
+        for left in reversed(range(self.accumulate)):
+            start = time.perf_counter()
+            data = next(self._data_loader_iter)
+            data_time += time.perf_counter() - start
+            # Processes exchange gradients once, with the last batch.
+            wait = left and isinstance(self.model, DistributedDataParallel)
+            with self.model.no_sync() if wait else contextlib.nullcontext():
+                with torch.autocast(
+                    self.device_type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None
+                ):
+                    losses = {k: v / self.accumulate for k, v in self.model(data).items()}
+                    loss = sum(losses.values())
+                self.grad_scaler.scale(loss).backward()
+            sums = {k: v.detach() + sums.get(k, 0.0) for k, v in losses.items()}
         # Raises on a non-finite loss, before the weights are touched.
-        self._write_metrics(loss_dict, data_time)
+        self._write_metrics(sums, data_time)
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
 
@@ -93,7 +107,13 @@ class Trainer(DefaultTrainer):
         model = create_ddp_model(
             model, broadcast_buffers=False, **({"device_ids": None} if on_cpu else {})
         )
-        self._trainer = TrainStep(model, data_loader, optimizer, amp_dtype=amp_dtype(cfg))
+        self._trainer = TrainStep(
+            model,
+            data_loader,
+            optimizer,
+            amp_dtype=amp_dtype(cfg),
+            accumulate=cfg.SOLVER.ACCUMULATE,
+        )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.start_iter = 0
@@ -152,6 +172,43 @@ class Trainer(DefaultTrainer):
         optimizer.register_step_pre_hook(clip_all)
         return optimizer
 
+    @staticmethod
+    def auto_scale_workers(cfg: CfgNode, num_workers: int) -> CfgNode:
+        """As Detectron2's, for ``SOLVER.REFERENCE_WORLD_SIZE``; also what is semi-supervised.
+
+        Raises:
+            ValueError: a batch that the reference's processes could not share.
+        """
+        reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
+        if reference in (0, num_workers):
+            return cfg
+        for key in ("IMS_PER_BATCH", "IMS_PER_BATCH_UNLABELED"):
+            if cfg.SOLVER[key] % reference:
+                raise ValueError(
+                    f"SOLVER.{key} {cfg.SOLVER[key]} must be a multiple of "
+                    f"SOLVER.REFERENCE_WORLD_SIZE {reference}, for which it was chosen"
+                )
+        factor = num_workers / reference
+        scaled = DefaultTrainer.auto_scale_workers(cfg, num_workers)
+        frozen = scaled.is_frozen()
+        scaled.defrost()
+        scaled.SOLVER.IMS_PER_BATCH_UNLABELED = round(cfg.SOLVER.IMS_PER_BATCH_UNLABELED * factor)
+        scaled.SEMISUP.BURN_IN_ITERS = round(cfg.SEMISUP.BURN_IN_ITERS / factor)
+        if frozen:
+            scaled.freeze()
+        return scaled
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> Iterable:
+        """Detectron2's, over the images that ``DATASETS.SPLIT`` leaves their labels."""
+        if cfg.DATASETS.SPLIT.PERCENT == 100 and not cfg.DATASETS.SPLIT.FILE:
+            return super().build_train_loader(cfg)
+        records = train_records(cfg)
+        split = make_split(cfg, records)
+        write_split(cfg.OUTPUT_DIR, split)
+        labeled, _ = split_records(cfg, records, split)
+        return build_detection_train_loader(cfg, dataset=labeled)
+
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         """See :func:`il_net.evaluation.build.build_evaluator`."""
@@ -168,10 +225,12 @@ def amp_dtype(cfg: CfgNode) -> torch.dtype | None:
 
 
 def check_batch_size(cfg: CfgNode) -> None:
-    """Refuse a batch that the processes cannot share evenly."""
+    """Refuse a batch that the processes cannot share evenly, and steps without one."""
     processes, batch = comm.get_world_size(), cfg.SOLVER.IMS_PER_BATCH
     if batch < processes or batch % processes:
         raise ValueError(
             f"SOLVER.IMS_PER_BATCH {batch} is the batch of all processes together and must be a "
             f"multiple of their number, {processes}"
         )
+    if cfg.SOLVER.ACCUMULATE < 1:
+        raise ValueError(f"SOLVER.ACCUMULATE must be at least 1, got {cfg.SOLVER.ACCUMULATE}")

@@ -12,6 +12,7 @@ import torch
 from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_resnet_backbone
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from il_net import checkpoint
@@ -165,11 +166,23 @@ def test_training_without_weights_starts_from_scratch():
         assert torch.equal(a, b)
 
 
-def test_file_that_is_no_checkpoint(tmp_path):
-    path = tmp_path / "text.pth"
+@pytest.mark.parametrize("name", ["text.pth", "text.safetensors"])
+def test_file_that_is_no_checkpoint(tmp_path, name):
+    path = tmp_path / name
     path.write_text("these are no weights")
-    with pytest.raises(ValueError, match="text.pth"):
+    with pytest.raises(ValueError, match=rf"MODEL\.WEIGHTS: .*{name} can't be read"):
         Checkpointer(mlp()).load_complete(str(path))
+
+
+def test_safetensors_file(tmp_path):
+    source, target = mlp(), mlp()
+    path = str(tmp_path / "w.safetensors")
+    save_file(without(source.state_dict(), 1), path)
+    checkpointer = Checkpointer(target)
+    checkpointer.load_complete(path)
+    assert checkpointer.report.missing == ("0.weight",)
+    for a, b in list(zip(source.parameters(), target.parameters(), strict=True))[1:]:
+        assert torch.equal(a, b)
 
 
 # ---- Detectron2's own files ----

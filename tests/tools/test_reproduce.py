@@ -117,7 +117,7 @@ def test_show_of_another_projects_model_has_no_configuration(call):
     [
         (("show", "2.15/50"), r"no row '2\.15/50'.*near: .*2\.15/5"),
         (("run", "2.15-5"), r"no row '2\.15-5'.*named as 2\.15/5.*near: .*2\.15/5"),
-        (("list", "--table", "2.21"), r"no table '2\.21'; there are 2\.1, .*2\.20"),
+        (("list", "--table", "2.26"), r"no table '2\.26'; there are 2\.1, .*2\.25, fig2\.16b"),
         (("params", "--table", "2"), r"no table '2'"),
         (("run", "2.20/2"), r"2\.20/2, CondInst, is another project's model"),
         (("run", "2.10/1"), r"2\.10/1 is one layer, .*fc1; `params`"),
@@ -262,7 +262,9 @@ def test_only_the_first_of_torchruns_processes_marks_the_folder(
 def make_run(rows, tmp_path):
     """Write a finished run's folder as train_net.py would."""
 
-    def make(name, row_id, *options, iterations=None, results=None, config=True) -> Path:
+    def make(
+        name, row_id, *options, iterations=None, results=None, config=True, model=""
+    ) -> Path:
         folder = tmp_path / name
         folder.mkdir(parents=True)
         (folder / "thesis_row.json").write_text(json.dumps({"row": row_id}))
@@ -278,8 +280,8 @@ def make_run(rows, tmp_path):
             lines.append({"iteration": iterations, "bbox/AP": 1.0})
             (folder / "metrics.json").write_text("\n".join(map(json.dumps, lines)) + "\n")
         for dataset, result in (results or {}).items():
-            path = folder / "inference" / dataset / "results.json"
-            path.parent.mkdir(parents=True)
+            path = folder / model / "inference" / dataset / "results.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(result))
         return folder
 
@@ -328,7 +330,7 @@ def test_a_whole_run_stands_beside_the_thesis(call, make_run):
 def test_without_runs_everything_is_not_run(call):
     _, out = call("report")
     lines = read_markdown(out)
-    assert len(lines) == 137 - 8  # Table 2.10 has nothing to reproduce
+    assert len(lines) == 137 - 8 + 26  # Table 2.10 has nothing to reproduce
     assert lines["2.20/2"][0]["box AP"] == "another project's model"
     others = [line[0]["box AP"] for row, line in lines.items() if row != "2.20/2"]
     assert set(others) == {"not run"}
@@ -406,3 +408,81 @@ def test_every_test_set_has_its_line(call, make_run):
     assert (first["tested on"], second["tested on"]) == ("coco_2017_val", "other_val")
     assert (first["box AP"], second["box AP"]) == ("40.9", "1.2")
     assert "DATASETS.TEST" in first["remarks"]
+
+
+# ---- semi-supervised rows ----
+
+
+def test_list_and_show_of_a_figure(call):
+    _, out = call("list", "--table", "fig2.16b")
+    assert [line.split()[0] for line in out.splitlines()[2:]] == ["fig2.16b/1", "fig2.16b/2"]
+    _, out = call("show", "fig2.16b/2")
+    assert "# Fig. 2.16b: IoU branch" in out
+    assert yaml.safe_load(out)["MODEL"]["ROI_IOU_HEAD"]["LOSS"] == "smooth_l1"
+
+
+def test_notes_of_a_semi_supervised_row(call):
+    """Split, noise, and where the published code differs from the text."""
+    _, out = call("show", "2.22/2")
+    for word in ("COCO_supervision.txt", "seed 1", "noise", "ELU", "gamma", "teacher"):
+        assert word in out.split("CUDNN_BENCHMARK")[0], word
+
+
+def test_params_of_semi_supervised_rows_count_the_student_alone(call):
+    code, out = call("params", "--table", "2.25")
+    lines = {line.split()[0]: line.split() for line in out.splitlines() if line}
+    assert code == 0
+    # Faster R-CNN with FrozenBN and the branch of 1024 + 81 inputs (methods-il-net 3.1).
+    assert lines["2.25/4"][-3:] == [f"{41_527_712 - 50_176 + 1_215_569:,}", "as", "computed"]
+
+
+def test_run_of_a_semi_supervised_row(call, launched):
+    call("run", "2.25/4", "DATASETS.SPLIT.FILE", "COCO_supervision.txt")
+    _, cfg = understood(launched[0])
+    assert cfg.MODEL.META_ARCHITECTURE == "TeacherStudentRCNN"
+    assert cfg.DATASETS.SPLIT.FILE == "COCO_supervision.txt"
+    assert tuple(cfg.MODEL.ROI_IOU_HEAD.INPUTS) == ("feature", "logits")
+    assert cfg.SEMISUP.LOSS_WEIGHT.BOX_REG == 1.0
+
+
+def test_the_teacher_stands_beside_the_thesis(call, make_run):
+    """Also where the student was tested last, or somebody put results into the run's own folder."""
+    box = {"bbox": {"AP": 32.1664}}
+    options = ("DATASETS.SPLIT.FILE", "lists/COCO_supervision.txt", "SEMISUP.EVAL", "('teacher',)")
+    folder = make_run(
+        "r",
+        "2.25/4",
+        *options,
+        iterations=180_000,
+        results={"coco_2017_val": box},
+        model="teacher",
+    )
+    for other in ("", "student"):
+        path = folder / other / "inference" / "coco_2017_val" / "results.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps({"bbox": {"AP": 11.0}}))
+    _, out = call("report", "--table", "2.25", "r")
+    (line,) = read_markdown(out)["2.25/4"]
+    assert (line["box AP, thesis"], line["box AP"]) == ("32.166", "32.166")
+    assert line["mask AP"] == line["mask AP, thesis"] == line["parameters, thesis"] == ""
+    assert line["parameters"] == f"{41_527_712 - 50_176 + 1_215_569:,}"
+    assert line["iterations"] == "180,000 of 180,000"
+    assert line["remarks"] == "labelled images of lists/COCO_supervision.txt"
+
+
+def test_a_run_on_labels_of_its_own_says_so(call, make_run):
+    results = {"coco_2017_val": {"bbox": {"AP": 31.0}}}
+    other = ("SEMISUP.LOSS_WEIGHT.BOX_REG", "2.0", "DATASETS.SPLIT.PERCENT", "5.0")
+    make_run("a", "2.22/1", iterations=180_000, results=results, model="teacher")
+    make_run("b", "2.22/1", *other, iterations=180_000, results=results, model="student")
+    _, out = call("report", ".")
+    lines = read_markdown(out)
+    first, second = lines["2.22/1"]
+    assert (first["box AP"], first["remarks"]) == ("31.000", "labelled images drawn")
+    assert second["box AP"] == ""
+    assert second["remarks"] == (
+        "not evaluated; labelled images drawn; **not the row's settings**: "
+        "DATASETS.SPLIT.PERCENT 5.0 (row: 10.0), SEMISUP.LOSS_WEIGHT.BOX_REG"
+    )
+    assert lines["2.25/1"][0]["remarks"] == "run of 2.22/1; labelled images drawn"
+    assert "### Fig. 2.16b: IoU branch" in out

@@ -1,0 +1,276 @@
+"""Which training images keep their labels: drawn from a percentage and a seed, or from a file.
+
+Thesis sections 2.4 (10 % of COCO) and 2.6 (5 to 50 % of ASND). The draw ranks image ids by a hash
+of seed and id: no process, library version or order of the file can change it. (In Unbiased
+Teacher's first version every process drew for itself, so that together they saw most labels.)
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from math import floor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, get_detection_dataset_dicts
+from detectron2.utils import comm
+
+from .sources import find_path
+from .split_file import ImageId, read_labeled, split_document
+
+logger = logging.getLogger(__name__)
+
+_PERCENT = "DATASETS.SPLIT.PERCENT"
+_FILE = "split.json"
+_IMAGE_FIELDS = ("file_name", "image_id", "height", "width")
+Records = dict[str, list[dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Split:
+    """The images of `DATASETS.TRAIN` by id, those with labels and the rest.
+
+    With several training sets an id is "dataset/id", because each numbers its own images.
+    """
+
+    dataset: str
+    percent: float
+    seed: int
+    labeled: tuple[ImageId, ...]
+    unlabeled: tuple[ImageId, ...]
+
+
+def count_labeled(percent: float, total: int) -> int:
+    """floor(percent / 100 * total) of the decimal number as written, at least 1.
+
+    Raises:
+        ValueError: not above 0 and at most 100.
+    """
+    if not 0 < percent <= 100:
+        raise ValueError(f"{_PERCENT} must be above 0 and at most 100, got {percent}")
+    # 0.29 * 100 is 28.999... in binary.
+    return max(1, floor(Fraction(str(percent)) * total / 100))
+
+
+def draw_labeled(
+    ids: Collection[ImageId],
+    percent: float,
+    seed: int,
+    *,
+    nested: bool = False,
+    classes: Mapping[ImageId, Collection[int]] | None = None,
+) -> tuple[ImageId, ...]:
+    """The ids that keep their labels, sorted; their order in `ids` does not matter.
+
+    Args:
+        ids: all images.
+        percent: of them, see `count_labeled`.
+        seed: another one draws other images.
+        nested: draw so that the images of a smaller percentage are among those of a larger one.
+        classes: the classes in each image, for a stratified draw: see `stratify`.
+    """
+    count = count_labeled(percent, len(ids))
+    # Nested draws are prefixes of one order; others have an order for every percentage.
+    salt = str(seed) if nested else f"{seed}/{float(percent)}"
+    order = sorted(ids, key=lambda i: hashlib.sha256(f"{salt}/{i}".encode()).digest())
+    if classes is not None and nested:
+        order = _stratified_order(order, classes)
+    elif classes is not None:
+        order = stratify(order, count, classes)
+    return tuple(sorted(order[:count]))
+
+
+def stratify(
+    order: Sequence[ImageId], count: int, classes: Mapping[ImageId, Collection[int]]
+) -> list[ImageId]:
+    """`count` ids with every class in proportion to the images that show it.
+
+    Iterative stratification (Sechidis et al. 2011) into two parts of fixed sizes: the rarest class
+    that is left hands out its images in turn, each to the part that lacks more of the class. Every
+    class gets an image, as long as there are places.
+
+    Args:
+        order: all ids; the earlier is asked first.
+        count: places, at most len(order).
+        classes: the classes in each image; none is fine.
+    """
+    members = defaultdict(list)
+    for image_id in order:
+        for name in set(classes[image_id]):
+            members[name].append(image_id)
+    share = count / max(1, len(order))
+    wanted = {name: max(1.0, share * len(images)) for name, images in members.items()}
+    spare = {name: len(images) - wanted[name] for name, images in members.items()}
+    left = {name: len(images) for name, images in members.items()}
+    places, others = count, len(order) - count
+    taken: dict[ImageId, bool] = {}
+    while left:
+        rarest = min(left, key=lambda name: (left[name], name))
+        for image_id in members[rarest]:
+            if image_id in taken:
+                continue
+            lacks = (wanted[rarest] - spare[rarest], places - others)
+            take = taken[image_id] = places > 0 and (others == 0 or lacks > (0, 0))
+            places, others = places - take, others - (not take)
+            for name in set(classes[image_id]):
+                (wanted if take else spare)[name] -= 1
+                if name in left:
+                    left[name] -= 1
+        del left[rarest]
+    chosen = [image_id for image_id in order if taken.get(image_id)]
+    return chosen + [image_id for image_id in order if image_id not in taken][:places]
+
+
+def _stratified_order(
+    order: list[ImageId], classes: Mapping[ImageId, Collection[int]]
+) -> list[ImageId]:
+    """An order of which every prefix is made of stratified parts: halves of halves."""
+    if len(order) < 2:
+        return order
+    first = stratify(order, len(order) // 2, classes)
+    placed = set(first)
+    second = [image_id for image_id in order if image_id not in placed]
+    return _stratified_order(first, classes) + _stratified_order(second, classes)
+
+
+def train_records(cfg: CfgNode) -> Records:
+    """Every dataset of `DATASETS.TRAIN` with its records, without empty images.
+
+    As in Detectron2 an image without annotations other than crowds is left out, unless
+    `DATALOADER.FILTER_EMPTY_ANNOTATIONS` is False. So it is in no split, labelled or not.
+
+    Raises:
+        ValueError: DATASETS.TRAIN is empty.
+    """
+    if not cfg.DATASETS.TRAIN:
+        raise ValueError("DATASETS.TRAIN is empty: name a dataset with labels")
+    keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
+    return {
+        name: get_detection_dataset_dicts(
+            name,
+            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+            min_keypoints=keypoints if cfg.MODEL.KEYPOINT_ON else 0,
+        )
+        for name in cfg.DATASETS.TRAIN
+    }
+
+
+def make_split(cfg: CfgNode, records: Records) -> Split:
+    """Split the training images as `DATASETS.SPLIT` says; the same in every process.
+
+    Raises:
+        ValueError: see `count_labeled` and `read_labeled`, or image ids used twice.
+        FileNotFoundError: there is no `DATASETS.SPLIT.FILE`.
+    """
+    node = cfg.DATASETS.SPLIT
+    classes = image_classes(records)
+    name = " + ".join(records)
+    if node.FILE:
+        path = find_path(node.FILE, "DATASETS.SPLIT.FILE", os.path.isfile, "file")
+        count = count_labeled(node.PERCENT, len(classes))
+        labeled = read_labeled(path, list(classes), node.PERCENT, node.SEED, count)
+    elif node.PERCENT == 100:
+        labeled = tuple(sorted(classes))
+    else:
+        stratified = classes if node.STRATIFIED else None
+        labeled = draw_labeled(
+            classes, node.PERCENT, node.SEED, nested=node.NESTED, classes=stratified
+        )
+    unlabeled = tuple(sorted(set(classes).difference(labeled)))
+    return Split(name, float(node.PERCENT), node.SEED, labeled, unlabeled)
+
+
+def split_records(
+    cfg: CfgNode, records: Records, split: Split | None = None
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The labelled and the unlabelled records of a run.
+
+    Unlabelled are the images of `DATASETS.TRAIN` that lost their labels and all images of
+    `DATASETS.UNLABELED`, each file once, without anything but file name, id and size. An image
+    that is in `DATASETS.UNLABELED` as well may be both labelled and unlabelled.
+
+    Args:
+        records: of `train_records`.
+        split: of `make_split`, if it has been made already.
+    """
+    split = split or make_split(cfg, records)
+    keep = set(split.labeled)
+    labeled, unlabeled = [], {}
+    for image_id, record in _with_ids(records):
+        if image_id in keep:
+            labeled.append(record)
+        else:
+            unlabeled[os.path.abspath(record["file_name"])] = without_labels(record)
+    for name in cfg.DATASETS.UNLABELED:
+        for record in DatasetCatalog.get(name):
+            unlabeled.setdefault(os.path.abspath(record["file_name"]), without_labels(record))
+    return labeled, list(unlabeled.values())
+
+
+def without_labels(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy with file name, image id and, where known, size; nothing that tells of objects."""
+    return {field: record[field] for field in _IMAGE_FIELDS if field in record}
+
+
+def write_split(folder: str, split: Split) -> None:
+    """Write `split.json` into the run's folder; `DATASETS.SPLIT.FILE` can read it.
+
+    Warns if the folder holds another split, as after a resume on changed data. Only the main
+    process writes.
+    """
+    if not comm.is_main_process():
+        return
+    ids = (*split.labeled, *split.unlabeled)
+    lists = {split.percent: {split.seed: split.labeled}}
+    text = json.dumps(split_document(split.dataset, ids, lists))
+    path = Path(folder, _FILE)
+    if path.exists() and path.read_text(encoding="utf-8") != text:
+        logger.warning("%s held another split: the data or DATASETS.SPLIT have changed", path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    logger.info(
+        "%d labelled and %d unlabelled images of %s; sha256 of %s: %s",
+        len(split.labeled),
+        len(split.unlabeled),
+        split.dataset,
+        path,
+        digest,
+    )
+
+
+def image_classes(records: Records) -> dict[ImageId, set[int]]:
+    """The classes in every image, crowds apart, by the ids of `Split`, ordered by dataset and id.
+
+    Raises:
+        ValueError: two images of a dataset have the same id.
+    """
+    classes: dict[ImageId, set[int]] = {}
+    for image_id, record in _with_ids(records):
+        if image_id in classes:
+            raise ValueError(f"DATASETS.TRAIN: image id {image_id!r} is used twice")
+        objects = (a for a in record.get("annotations", ()) if not a.get("iscrowd", 0))
+        classes[image_id] = {a["category_id"] for a in objects}
+    return classes
+
+
+def records_by_id(records: Records) -> dict[ImageId, dict[str, Any]]:
+    """The records under the ids that a `Split` has for them."""
+    return dict(_with_ids(records))
+
+
+def _with_ids(records: Records) -> Iterable[tuple[ImageId, dict[str, Any]]]:
+    """Ids of `Split` and records, sorted by id: the order of the files means nothing."""
+    for name, own in records.items():
+        for record in sorted(own, key=lambda r: r["image_id"]):
+            image_id = record["image_id"]
+            if isinstance(image_id, np.generic):  # Detectron2's VOC
+                image_id = image_id.item()
+            yield (image_id if len(records) == 1 else f"{name}/{image_id}"), record

@@ -6,6 +6,7 @@ Options are Detectron2's (--help lists them); also runs under torchrun.
 
 import argparse
 import logging
+from pathlib import Path
 
 from il_net.check import require_detectron2
 
@@ -43,7 +44,13 @@ def setup(args: argparse.Namespace) -> CfgNode:
     if comm.get_local_rank() == 0:
         validate_datasets(cfg)
     cfg.freeze()
+    trained = Path(cfg.OUTPUT_DIR, "config.yaml")
+    kept = trained.read_text() if args.eval_only and trained.is_file() else None
     default_setup(cfg, args)
+    if kept is not None and comm.is_main_process():
+        # Detectron2 writes config.yaml anew; that of the training says what the weights are.
+        trained.rename(trained.with_name("config_eval.yaml"))
+        trained.write_text(kept)
     return cfg
 
 

@@ -138,7 +138,11 @@ class Checkpointer(DetectionCheckpointer):
                 loaded = super()._load_file(filename)
         except _UNREADABLE as error:
             raise ValueError(f"MODEL.WEIGHTS: {filename} can't be read: {error}") from error
-        loaded["model"] = rename_foreign(loaded["model"], self.model)
+        state = loaded["model"]
+        state = state.get("state_dict", state)  # as other trainers nest it
+        if state and all(name.startswith("module.") for name in state):  # saved inside DDP
+            state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+        loaded["model"] = rename_foreign(state, self.model)
         return loaded
 
     def _load_model(self, checkpoint: dict):

@@ -198,9 +198,12 @@ def _keys(node: CfgNode, prefix: str = "") -> Iterator[str]:
 
 def _as_name_tuple(value: str | list | tuple, key: str) -> tuple[str, ...]:
     if isinstance(value, str) and value.strip().startswith(("(", "[", '"', "'")):
-        # Detectron2's own YAMLs write tuples as text: ("name",)
+        # Detectron2's own YAMLs write tuples as text, ("name",); a command line may say [name].
         with contextlib.suppress(ValueError, SyntaxError):
             value = literal_eval(value)
+        if isinstance(value, str):
+            with contextlib.suppress(yaml.YAMLError):
+                value = yaml.safe_load(re.sub(r"^\((.*)\)$", r"[\1]", value.strip()))
     names = (value,) if isinstance(value, str) else value
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{key} is a name or a list of names, got {value!r}")

@@ -119,13 +119,19 @@ class LoopROIHeads(ROIHeads):
         """Rename the tensors of heads without pairs (Detectron2's, ``ExtractorROIHeads``).
 
         ``box_head.fc1.weight`` goes to every pair; ``box_head.0.fc1.weight`` of a cascade's
-        first stage to the first pair, and so on.
+        first stage to the first pair, and so on. A pair that looped heads lack starts as their
+        first.
 
         Args:
             state: a checkpoint's tensors, changed in place.
             prefix: what comes before this module's names, with a dot at its end.
         """
-        if any(name.startswith(f"{prefix}pairs.") for name in state):
+        first = {n: t for n, t in state.items() if n.startswith(f"{prefix}pairs.a.")}
+        if first:  # of looped heads, perhaps with fewer pairs
+            for letter in self.pairs:
+                if not any(name.startswith(f"{prefix}pairs.{letter}.") for name in state):
+                    start = len(f"{prefix}pairs.a.")
+                    state |= {f"{prefix}pairs.{letter}.{n[start:]}": t for n, t in first.items()}
             return
         branches = "box_pooler|box_head|box_predictor|mask_pooler|mask_head"
         pattern = re.compile(rf"{re.escape(prefix)}((?:{branches})\.)(?:(\d+)\.)?(.+)")

@@ -77,11 +77,15 @@ def show(row: Row) -> None:
     lines += [f"Thesis: {json.dumps(row.thesis)}", *row.notes]
     if row.same_weights_as:
         lines.append(weights_hint(row))
+    if row.module:
+        lines.append(f"The figure is of one layer, {row.module}; below is the model around it")
     if row.external:
         lines.append("Another project's model: there is no configuration")
     print("\n".join(f"# {line}" for line in lines))
     if not row.external:
-        print(row.resolve(["OUTPUT_DIR", output_dir(row.id)]).dump(), end="")
+        cfg = row.resolve(["OUTPUT_DIR", output_dir(row.id)])
+        cfg.MODEL.DEVICE = "cuda"  # not what this machine has; without a GPU it is the CPU anyway
+        print(cfg.dump(), end="")
 
 
 def output_dir(row_id: str) -> str:
@@ -110,10 +114,14 @@ def prepare_run(row: Row, arguments: list[str]) -> list[str]:
     if row.module:
         raise ValueError(f"Row {row.id} is one layer, {row.module}; `params` counts it")
     typed = default_argument_parser().parse_args(arguments)
+    if typed.config_file:
+        raise ValueError(
+            f"--config-file {typed.config_file}: a row has its own; change keys as KEY VALUE pairs"
+        )
     typed_options = arguments[: len(arguments) - len(typed.opts)]
     opts = [*row.options(), "OUTPUT_DIR", output_dir(row.id), *typed.opts]
     config_file = row.config_file()
-    cfg = load_config(typed.config_file or config_file, opts, add_sbr_cnn_config)
+    cfg = load_config(config_file, opts, add_sbr_cnn_config)
     if os.environ.get("RANK", "0") == "0":  # torchrun starts several of us
         mark_folder(Path(cfg.OUTPUT_DIR), row)
     if row.same_weights_as and not typed.eval_only:
@@ -129,6 +137,8 @@ def mark_folder(folder: Path, row: Row) -> None:
         ValueError: it is another row's.
     """
     marker = folder / ROW_FILE
+    if not marker.exists() and (folder / "config.yaml").exists():
+        raise ValueError(f"OUTPUT_DIR {folder} holds a run that is no row's: name another")
     if marker.exists() and (other := json.loads(marker.read_text())["row"]) != row.id:
         raise ValueError(f"OUTPUT_DIR {folder} holds a run of row {other}: name another")
     folder.mkdir(parents=True, exist_ok=True)

@@ -238,7 +238,11 @@ def describe(different: dict[str, tuple]) -> str:
         for key in _FIRST_KEYS
         if key in different
     ]
-    others = sorted(key for key in different if key not in _FIRST_KEYS)
+    # The model and its training before the data, which a first try always changes.
+    others = sorted(
+        (key for key in different if key not in _FIRST_KEYS),
+        key=lambda key: (not key.startswith(("MODEL.", "SOLVER.", "SEMISUP.")), key),
+    )
     more = len(others) - _OTHER_KEYS_SHOWN
     shown = [*first, *others[:_OTHER_KEYS_SHOWN], *([f"{more} more"] if more > 0 else [])]
     return ", ".join(shown)

@@ -170,6 +170,22 @@ def test_evaluation_of_the_weights_repeats_the_last_scores_of_training(
     assert not (tmp_path / "model_final.pth").exists()
 
 
+def test_evaluation_leaves_the_trainings_configuration(run, config, trained, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    text = (trained[0] / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(text)
+    weights = ("MODEL.WEIGHTS", trained[0] / "model_final.pth", "OUTPUT_DIR", folder)
+    result = run(
+        *("train_net.py", "--config-file", config, "--eval-only"),
+        *weights,
+        *("TEST.DETECTIONS_PER_IMAGE", 3),
+    )
+    assert result.code == 0, result.output
+    assert (folder / "config.yaml").read_text() == text
+    assert "DETECTIONS_PER_IMAGE: 3" in (folder / "config_eval.yaml").read_text()
+
+
 def test_nothing_is_written_beside_the_output_folder(elsewhere, trained):
     assert list(elsewhere.iterdir()) == []
 

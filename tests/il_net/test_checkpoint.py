@@ -51,6 +51,18 @@ def test_complete_checkpoint_is_loaded(tmp_path):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_states_saved_inside_ddp_or_under_state_dict(tmp_path, nested):
+    source, target = mlp(), mlp()
+    state = {f"module.{name}": tensor for name, tensor in source.state_dict().items()}
+    torch.save({"state_dict": state} if nested else state, tmp_path / "w.pth")
+    checkpointer = Checkpointer(target)
+    checkpointer.load_complete(str(tmp_path / "w.pth"))
+    assert checkpointer.report.matched == 160
+    for a, b in zip(source.parameters(), target.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_nine_of_ten_tensors_are_enough_and_eight_are_not(tmp_path):
     state = mlp().state_dict()
     checkpointer = Checkpointer(mlp())

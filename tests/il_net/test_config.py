@@ -191,6 +191,14 @@ def test_cpu_where_there_is_no_gpu(monkeypatch):
     assert load_config("", ["MODEL.DEVICE", "cuda"]).MODEL.DEVICE == "cpu"
 
 
+@pytest.mark.parametrize(
+    "typed", ["leaves", "[leaves]", "('leaves',)", "(leaves)", '["leaves"]', "[leaves, more]"]
+)
+def test_dataset_names_on_the_command_line(typed):
+    names = load_config("", ["DATASETS.TRAIN", typed]).DATASETS.TRAIN
+    assert names == (("leaves", "more") if "more" in typed else ("leaves",))
+
+
 def test_gpu_where_there_is_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert load_config("", []).MODEL.DEVICE == "cuda"

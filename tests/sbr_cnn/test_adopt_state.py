@@ -64,3 +64,11 @@ def test_stages_without_a_pair_stay_and_are_reported(make_loops, make_heads):
     assert not result.missing_keys
     stages = {name.split(".")[1] for name in result.unexpected_keys}
     assert stages == {"1", "2"}
+
+
+def test_a_pair_that_looped_heads_lack_starts_as_their_first(make_loops):
+    source, heads = make_loops("aaa").state_dict(), make_loops("aab")
+    result = heads.load_state_dict(adopted(heads, source), strict=False)
+    assert not result.missing_keys and not result.unexpected_keys
+    for name, tensor in source.items():
+        assert torch.equal(heads.state_dict()[name.replace("pairs.a.", "pairs.b.")], tensor)

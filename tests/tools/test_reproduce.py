@@ -351,7 +351,7 @@ def test_a_toy_run_is_marked(call, make_run):
         "(row: 16), DATASETS.TEST ('toy_val',) (row: ('coco_2017_val',))"
     )
     assert second["remarks"] == (
-        "**not the row's settings**: INPUT.MIN_SIZE_TEST, MODEL.RESNETS.DEPTH, SOLVER.BASE_LR"
+        "**not the row's settings**: MODEL.RESNETS.DEPTH, SOLVER.BASE_LR, INPUT.MIN_SIZE_TEST"
     )
     assert second["parameters"] != "43,912,884"
 
@@ -364,7 +364,7 @@ def test_many_differences_are_counted(call, make_run):
     _, out = call("report", "--table", "2.11", folder)
     (line,) = read_markdown(out)["2.11/4"]
     assert line["remarks"].endswith(
-        "INPUT.MAX_SIZE_TEST, INPUT.MAX_SIZE_TRAIN, INPUT.MIN_SIZE_TEST, SOLVER.BASE_LR, 2 more"
+        "SOLVER.BASE_LR, SOLVER.GAMMA, SOLVER.MOMENTUM, INPUT.MAX_SIZE_TEST, 2 more"
     )
 
 
@@ -486,3 +486,16 @@ def test_a_run_on_labels_of_its_own_says_so(call, make_run):
     )
     assert lines["2.25/1"][0]["remarks"] == "run of 2.22/1; labelled images drawn"
     assert "### Fig. 2.16b: IoU branch" in out
+
+
+def test_a_row_takes_no_other_configuration(call, launched):
+    with pytest.raises(SystemExit, match="--config-file other.yaml: a row has its own"):
+        call("run", "2.20/4", "--config-file", "other.yaml")
+    assert launched == []
+
+
+def test_a_folder_with_another_run_is_refused(call, launched, tmp_path):
+    (tmp_path / "config.yaml").write_text("VERSION: 2")
+    with pytest.raises(SystemExit, match="holds a run that is no row's"):
+        call("run", "2.20/4", "OUTPUT_DIR", str(tmp_path))
+    assert launched == [] and not (tmp_path / "thesis_row.json").exists()

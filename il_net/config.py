@@ -86,8 +86,8 @@ def add_il_net_config(cfg: CfgNode) -> None:
     cfg.SEMISUP.LOSS_WEIGHT.MASK = 0.0
     # The focal RoI classifier's gamma; 0 is plain cross-entropy.
     cfg.SEMISUP.FOCAL_GAMMA = 1.5
-    # One backbone pass of the student over labelled and unlabelled images together: faster, more
-    # memory. False: one after the other.
+    # One backbone pass of the student over labelled and unlabelled images together, meant for
+    # GPUs; on two CPU cores it took 6 % longer (docs/benchmarks.md). False: one after the other.
     cfg.SEMISUP.MERGED_FORWARD = True
     # The teacher proposes as many boxes as in training (published code), not as at test.
     cfg.SEMISUP.TEACHER_TRAIN_PROPOSALS = False
@@ -116,9 +116,7 @@ def add_il_net_config(cfg: CfgNode) -> None:
     # itself) also takes "full_model": CLIP_VALUE bounds the norm of all gradients together.
 
 
-def load_config(
-    config_file: str, opts: list[str], *add_keys: Callable[[CfgNode], None]
-) -> CfgNode:
+def load_config(config_file: str, opts: list[str], *add_keys: Callable[[CfgNode], None]) -> CfgNode:
     """Defaults, then a YAML file with its bases, then ``KEY VALUE`` pairs.
 
     Args:
@@ -142,13 +140,17 @@ def load_config(
         for key in _NAME_TUPLES:
             if key in datasets:
                 datasets[key] = _as_name_tuple(datasets[key], f"{config_file}: DATASETS.{key}")
-        _merge(cfg, lambda: cfg.merge_from_other_cfg(CfgNode(loaded)), config_file)
+        _merge(
+            cfg, lambda: cfg.merge_from_other_cfg(_as_defaults(CfgNode(loaded), cfg)), config_file
+        )
     if len(opts) % 2:
         raise ValueError(f"The command line needs KEY VALUE pairs, got {opts}")
     opts = list(opts)
     for i, key in enumerate(opts[::2]):
         if key in {f"DATASETS.{name}" for name in _NAME_TUPLES}:
             opts[2 * i + 1] = _as_name_tuple(opts[2 * i + 1], f"command line: {key}")
+        elif re.fullmatch(r"[+-]?\d+", str(opts[2 * i + 1])) and _default_is_float(cfg, key):
+            opts[2 * i + 1] = float(opts[2 * i + 1])
     _merge(cfg, lambda: cfg.merge_from_list(opts), "command line")
     if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
@@ -183,9 +185,7 @@ def _merge(cfg: CfgNode, merge: Callable[[], None], source: str) -> None:
             raise ValueError(f"{source}: {text}") from error
         near = difflib.get_close_matches(unknown[1], list(_keys(cfg)), n=3, cutoff=0.7)
         hint = f" Did you mean {' or '.join(near)}?" if near else ""
-        raise ValueError(
-            f"{source}: there is no configuration key {unknown[1]}.{hint}"
-        ) from error
+        raise ValueError(f"{source}: there is no configuration key {unknown[1]}.{hint}") from error
 
 
 def _keys(node: CfgNode, prefix: str = "") -> Iterator[str]:
@@ -194,6 +194,24 @@ def _keys(node: CfgNode, prefix: str = "") -> Iterator[str]:
             yield from _keys(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}"
+
+
+def _as_defaults(loaded: CfgNode, cfg: CfgNode) -> CfgNode:
+    """Whole numbers become floats where the default is one: 10 is as good as 10.0."""
+    for key, value in loaded.items():
+        default = cfg.get(key)
+        if isinstance(value, CfgNode) and isinstance(default, CfgNode):
+            _as_defaults(value, default)
+        elif type(value) is int and isinstance(default, float):
+            loaded[key] = float(value)
+    return loaded
+
+
+def _default_is_float(cfg: CfgNode, key: str) -> bool:
+    node = cfg
+    for part in key.split("."):
+        node = node.get(part) if isinstance(node, CfgNode) else None
+    return isinstance(node, float)
 
 
 def _as_name_tuple(value: str | list | tuple, key: str) -> tuple[str, ...]:

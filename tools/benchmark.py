@@ -22,6 +22,12 @@ neither a data set nor weights. What makes the configurations comparable:
   of medians; in brackets are the lowest and highest of the rounds' own ratios.
 - Inference is one picture with post-processing (masks pasted) and without reading files. A training
   step is forward, backward and SGD at learning rate 0; BatchNorm statistics are the picture's.
+- Configurations of MODEL.META_ARCHITECTURE TeacherStudentRCNN have one mode, semisup: a training
+  step after burn-in with --images labelled and as many unlabelled pictures, in each of which the
+  teacher finds the 20 objects. One more table splits it into data (views of a generated JPEG file,
+  made in this process, for which training has workers), the teacher's forward pass, the student's,
+  backward, optimizer, EMA and reports (read in every step, by training in every 20th): medians,
+  and their shares of the step. On CUDA the device is waited for between them.
 - Memory on CUDA is the peak of allocated memory without the other models'. On the CPU --memory
   asks for it: the peak resident set of one process per configuration and mode, without what
   Python and the libraries take before the model is built.
@@ -46,22 +52,21 @@ from detectron2.config import CfgNode
 from il_net.config import load_config
 from il_net.engine.benchmark import (
     Subject,
-    compare,
-    differences,
     in_turn,
     machine_facts,
     peak_resident_bytes,
     profile,
 )
+from il_net.engine.benchmark_report import TITLES, compare, render
+from il_net.engine.semisup_benchmark import SemisupSubject, is_semisup
 from il_net.engine.trainer import AMP_DTYPES
-from il_net.engine.workload import MODES, make_workload
+from il_net.engine.workload import MODES, SEMISUP, make_workload
 from il_net.errors import plain_errors
 from sbr_cnn import add_sbr_cnn_config
 
 OVERRIDE = re.compile(r":(?=[A-Z][A-Z0-9_.]*=)")
 NUM_CLASSES = 80  # where a configuration leaves it to the data
 SETTINGS = ("device", "dtype", "size", "images", "repeat", "warmup", "modes", "opts")
-TITLES = {"inference": "inference", "train": "training step"}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -73,6 +78,7 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_num_threads(args.threads)
     with plain_errors():
         configs = [load(text, args.opts, args.device) for text in args.configs]
+        args.modes = choose_modes(args.modes, dict(zip(args.configs, configs, strict=True)))
         alone = {}
         if args.memory and args.device == "cpu":
             # Before there are models: a process inherits the peak of the one that starts it.
@@ -83,11 +89,12 @@ def main(argv: list[str] | None = None) -> None:
     if args.profile:
         print_profiles(subjects, args.modes, args.warmup)
         return
+    configs = compare(measure(subjects, args, alone))  # before the peak is read
     report = {
         "machine": machine_facts(args.device),
         "resident_bytes": {"before_models": before, "peak": peak_resident_bytes()},
         "settings": {k: getattr(args, k) for k in SETTINGS},
-        "configs": compare(measure(subjects, args, alone)),
+        "configs": configs,
     }
     print(render(report))
     if args.output:
@@ -107,7 +114,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--images", type=_positive, default=1, metavar="N", help="per training step (1)")
     add("--repeat", type=_positive, default=5, metavar="N", help="measured rounds (5)")
     add("--warmup", type=_positive, default=1, metavar="N", help="rounds before them (1)")
-    add("--modes", type=_modes, default=MODES, metavar="M[,M]", help="inference,train (both)")
+    add("--modes", type=_modes, metavar="M[,M]", help="inference,train (both), or semisup alone")
     add("--threads", type=_positive, metavar="N", help="of torch on the CPU")
     add("--memory", action="store_true", help="measure memory on the CPU too")
     add("--profile", action="store_true", help="print the slowest operators instead of times")
@@ -139,8 +146,12 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def _modes(text: str) -> tuple[str, ...]:
+    if text == SEMISUP:
+        return (SEMISUP,)
     if not set(text.split(",")) <= set(MODES):
-        raise argparse.ArgumentTypeError(f"needs some of {','.join(MODES)}, got {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"needs some of {','.join(MODES)}, or {SEMISUP} alone, got {text!r}"
+        )
     return tuple(mode for mode in MODES if mode in text.split(","))
 
 
@@ -177,6 +188,31 @@ def load(text: str, opts: list[str], device: str) -> CfgNode:
     return cfg
 
 
+def choose_modes(asked: tuple[str, ...] | None, configs: dict[str, CfgNode]) -> tuple[str, ...]:
+    """What to measure: the mode of semi-supervised configurations if there is one of them.
+
+    Args:
+        asked: with ``--modes``.
+        configs: by CONFIG argument.
+
+    Raises:
+        ValueError: a CONFIG that has no such mode.
+    """
+    modes = asked or ((SEMISUP,) if any(map(is_semisup, configs.values())) else MODES)
+    for text, cfg in configs.items():
+        if is_semisup(cfg) and modes != (SEMISUP,):
+            raise ValueError(
+                f"CONFIG {text}: MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE} is measured "
+                f"in mode {SEMISUP} alone, got --modes {','.join(modes)}; leave --modes out"
+            )
+        if modes == (SEMISUP,) and not is_semisup(cfg):
+            raise ValueError(
+                f"CONFIG {text}: mode {SEMISUP} needs MODEL.META_ARCHITECTURE TeacherStudentRCNN, "
+                f"got {cfg.MODEL.META_ARCHITECTURE}; compare it in a call of its own"
+            )
+    return modes
+
+
 @contextmanager
 def naming(text: str) -> Iterator[None]:
     """Say which CONFIG a mistake is in."""
@@ -190,11 +226,12 @@ def build(args: argparse.Namespace, configs: list[CfgNode]) -> list[Subject]:
     """The models of the CONFIG arguments, all with the same work."""
     workload = make_workload(args.size)
     amp_dtype = None if args.dtype == "fp32" else AMP_DTYPES[args.dtype]
+    kind = SemisupSubject if args.modes == (SEMISUP,) else Subject
     subjects = []
     for text, cfg in zip(args.configs, configs, strict=True):
         with naming(text):
             label = make_label(text)
-            subjects.append(Subject(label, cfg, workload, images=args.images, amp_dtype=amp_dtype))
+            subjects.append(kind(label, cfg, workload, images=args.images, amp_dtype=amp_dtype))
     return subjects
 
 
@@ -224,7 +261,7 @@ def measure_alone(text: str, mode: str, args: argparse.Namespace) -> int:
 def measure(
     subjects: list[Subject], args: argparse.Namespace, alone: dict[str, dict[str, int]]
 ) -> list[dict]:
-    """Time all models in turn; the result is what :func:`compare` takes.
+    """Time all models in turn; the result is what ``compare`` takes.
 
     ``alone``: CONFIG to peak memory by mode, where it was measured in a process of its own.
     """
@@ -240,8 +277,10 @@ def measure(
                 "times": times,
                 "peak_bytes": alone.get(result["config"], subject.peak_bytes)[mode],
                 "seen": subject.seen[mode],
-                "differs": differences(mode, subject.seen[mode], args.images),
+                "differs": subject.differs(mode),
             }
+            if mode == SEMISUP:
+                result[mode]["phases"] = subject.phases[-args.repeat :]
     return results
 
 
@@ -252,47 +291,6 @@ def print_profiles(subjects: list[Subject], modes: tuple[str, ...], warmup: int)
             for _ in range(warmup):
                 subject.run(mode)
             print(f"\n{subject.label}, {TITLES[mode]}\n{profile(subject, mode)}")
-
-
-def render(report: dict) -> str:
-    """The report as Markdown: machine, numbers with ratios, and what the heads were given."""
-    machine, settings, rows = report["machine"], report["settings"], report["configs"]
-    modes = [mode for mode in MODES if mode in rows[0]]
-    height, width = settings["size"]
-    lines = [
-        f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, "
-        f"{settings['dtype']}, {height} x {width} pixels, pictures per training step: "
-        f"{settings['images']}, rounds: {settings['repeat']}, {machine['date']}",
-        "",
-    ]
-    header, saw = ["configuration", "trainable parameters", "ratio"], ["configuration"]
-    for mode in modes:
-        header += [f"{TITLES[mode]}, ms", "ratio", "peak memory, MiB", "ratio"]
-        saw += [f"boxes in {TITLES[mode]}"]
-    lines += _table(header, [_numbers(row, modes) for row in rows])
-    lines += ["", *_table(saw, [[row["label"], *(_seen(row[m]) for m in modes)] for row in rows])]
-    return "\n".join(lines)
-
-
-def _table(header: list[str], rows: list[list[str]]) -> list[str]:
-    return ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)]
-
-
-def _numbers(row: dict, modes: list[str]) -> list[str]:
-    cells = [row["label"], f"{row['parameters']:,}", f"{row['parameters_ratio']:.2f}"]
-    for m in (row[mode] for mode in modes):
-        cells += [
-            f"{m['median'] * 1e3:.1f} ({m['min'] * 1e3:.1f}-{m['max'] * 1e3:.1f})",
-            f"{m['ratio']:.2f} ({m['ratio_min']:.2f}-{m['ratio_max']:.2f})",
-            f"{m['peak_bytes'] / 2**20:,.0f}" if m["peak_bytes"] else "not measured",
-            f"{m['peak_ratio']:.2f}" if m["peak_ratio"] else "",
-        ]
-    return cells
-
-
-def _seen(measured: dict) -> str:
-    counts = "; ".join(f"{name} {' '.join(map(str, n))}" for name, n in measured["seen"].items())
-    return "; ".join([counts, *(f"**{text}**" for text in measured["differs"])])
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Thesis section 2.4; the parameters are Unbiased Teacher's (torchvision's operations). Differs from
 the published code: the channel order is known, so that hue, saturation and luma are those of the
-picture (there BGR was taken for RGB); OpenCV instead of PIL, some twenty times faster.
+picture (there BGR was taken for RGB); OpenCV instead of PIL, which takes an eighth of the time.
 
 Shapes: images are (H, W, 3) uint8, contiguous.
 """

@@ -172,7 +172,10 @@ def build_semi_loader(cfg: CfgNode) -> SemiLoader:
         ValueError: a batch that the processes cannot share, ACCUMULATE below 1, no unlabelled
             images, processes that find different images; see also `make_split`.
     """
-    sizes = {key: cfg.SOLVER[key] for key in ("IMS_PER_BATCH", "IMS_PER_BATCH_UNLABELED")}
+    sizes = {
+        "IMS_PER_BATCH": cfg.SOLVER.IMS_PER_BATCH,
+        "IMS_PER_BATCH_UNLABELED": cfg.SOLVER.IMS_PER_BATCH_UNLABELED,
+    }
     _check_sizes(sizes, cfg.SOLVER.ACCUMULATE)
     records = train_records(cfg)
     split = make_split(cfg, records)

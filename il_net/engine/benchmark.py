@@ -11,10 +11,9 @@ import logging
 import platform
 import re
 import resource
-import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity
 
 from .trainer import Trainer, TrainStep
-from .workload import MODES, SEED, Workload, fix_decisions, settle_norms
+from .workload import MODES, SEED, SEMISUP, Workload, fix_decisions, settle_norms
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +54,8 @@ class Subject:
         seen: mode to the boxes of each call of a branch's RoI extractor, in all pictures
             together, as counted in the first run: ``{"box": [1000], "mask": [100]}``; at
             inference also ``"detections"``.
+        phases: per training step the seconds of its parts, where they are timed
+            (:mod:`.semisup_benchmark`).
         peak_bytes: mode to the peak of this model's memory over all runs, weights, gradients
             and optimizer included; None on the CPU. The second training step is the first that
             starts with gradients and momentum.
@@ -73,33 +74,43 @@ class Subject:
         amp_dtype: torch.dtype | None = None,
     ) -> None:
         self.label = label
+        self.images = images
         self.device = torch.device(cfg.MODEL.DEVICE)
         self.amp_dtype = amp_dtype
         self.seen: dict[str, dict[str, list[int]]] = {}
-        self.peak_bytes: dict[str, int | None] = dict.fromkeys(MODES)
+        self.phases: list[dict[str, float]] = []
+        self.peak_bytes: dict[str, int | None] = dict.fromkeys((*MODES, SEMISUP))
         _allocate_workspaces(self.device)
         before = self._allocated()
         torch.manual_seed(SEED)
         self.model = build_model(cfg)
         self.parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        fix_decisions(self.model, workload, cfg)
-        settle_norms(self.model, workload)
         self.inputs = [{"image": workload.image}]
         still = cfg.clone()
         still.defrost()
         still.SOLVER.BASE_LR = 0.0
         self.step = TrainStep(
             self.model,
-            itertools.repeat(workload.batch(cfg, images)),
+            self._prepare(cfg, workload),
             Trainer.build_optimizer(still, self.model),
             amp_dtype=amp_dtype,
         )
         self.storage = EventStorage()
         self.resident = self._allocated() - before
 
+    def _prepare(self, cfg: CfgNode, workload: Workload) -> Iterable:
+        """Fix what the model decides; returns the batches to train on."""
+        fix_decisions(self.model, workload, cfg)
+        settle_norms(self.model, workload)
+        return itertools.repeat(workload.batch(cfg, self.images))
+
+    def differs(self, mode: str) -> list[str]:
+        """Where the work counted is not what it should be, a phrase each."""
+        return differences(mode, self.seen[mode], self.images)
+
     def run(self, mode: str) -> float:
         """Run once and return the seconds it took; the first run of a mode also counts boxes."""
-        self.model.train(mode == "train")
+        self.model.train(mode != "inference")
         # Nothing but this model's own runs changes its share, so the others' is known exactly.
         others = self._allocated() - self.resident
         if mode in self.seen:
@@ -115,18 +126,20 @@ class Subject:
         return seconds
 
     def _timed(self, mode: str) -> float:
-        run = self._train if mode == "train" else self._detect
         self._synchronize()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         start = time.perf_counter()
-        run()
+        self._work(mode)
         self._synchronize()
         return time.perf_counter() - start
 
-    def _train(self) -> None:
-        with self.storage:
-            self.step.run_step()
+    def _work(self, mode: str) -> None:
+        if mode == "inference":
+            self._detect()
+        else:
+            with self.storage:
+                self.step.run_step()
 
     @torch.no_grad()
     def _detect(self) -> None:
@@ -156,6 +169,7 @@ def count_boxes(model: nn.Module) -> Iterator[dict[str, list[int]]]:
     """Record how many boxes each call of a branch's RoI extractor gets, by the branch's name.
 
     An extractor is a module called ``{branch}_pooler``, as Detectron2 and this project name them.
+    Student and teacher are counted apart, as ``student {branch}`` and ``teacher {branch}``.
     """
     counts: dict[str, list[int]] = {}
 
@@ -166,7 +180,7 @@ def count_boxes(model: nn.Module) -> Iterator[dict[str, list[int]]]:
         return count
 
     handles = [
-        module.register_forward_pre_hook(counter(name.split(".")[-1].removesuffix("_pooler")))
+        module.register_forward_pre_hook(counter(_branch(name)))
         for name, module in model.named_modules()
         if name.endswith("_pooler")
     ]
@@ -175,6 +189,11 @@ def count_boxes(model: nn.Module) -> Iterator[dict[str, list[int]]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _branch(name: str) -> str:
+    first, branch = name.split(".")[0], name.split(".")[-1].removesuffix("_pooler")
+    return f"{first} {branch}" if first in ("student", "teacher") else branch
 
 
 def differences(mode: str, seen: dict[str, list[int]], images: int) -> list[str]:
@@ -209,39 +228,6 @@ def in_turn(runs: Sequence[Callable[[], float]], *, warmup: int, repeat: int) ->
     """
     rounds = [[run() for run in runs] for _ in range(warmup + repeat)]
     return [list(times) for times in zip(*rounds[warmup:], strict=True)]
-
-
-def compare(results: list[dict]) -> list[dict]:
-    """Add to each result what is relative to the first one.
-
-    Args:
-        results: per model ``parameters`` and for every mode measured ``times`` (seconds, one per
-            round) and ``peak_bytes`` (or None).
-
-    Returns:
-        Copies with ``parameters_ratio``, and for every mode ``median``, ``min`` and ``max`` of the
-        times, ``ratio`` (of the medians), ``ratio_min`` and ``ratio_max`` (of the ratios round by
-        round), ``peak_ratio`` (or None).
-    """
-    first, compared = results[0], []
-    for result in results:
-        row = {**result, "parameters_ratio": result["parameters"] / first["parameters"]}
-        for mode in (m for m in MODES if m in result):
-            times, base = result[mode]["times"], first[mode]["times"]
-            rounds = [time / other for time, other in zip(times, base, strict=True)]
-            peak = result[mode]["peak_bytes"]
-            row[mode] = {
-                **result[mode],
-                "median": statistics.median(times),
-                "min": min(times),
-                "max": max(times),
-                "ratio": statistics.median(times) / statistics.median(base),
-                "ratio_min": min(rounds),
-                "ratio_max": max(rounds),
-                "peak_ratio": peak / first[mode]["peak_bytes"] if peak else None,
-            }
-        compared.append(row)
-    return compared
 
 
 def profile(subject: Subject, mode: str, rows: int = 15) -> str:

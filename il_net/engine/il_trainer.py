@@ -44,24 +44,21 @@ class ILNetTrainer(Trainer):
 
     def build_hooks(self) -> list[HookBase]:
         """Detectron2's hooks, the teacher's update before and the reports after them."""
-        standard = super().build_hooks()
+        standard, folder = super().build_hooks(), Path(self.cfg.OUTPUT_DIR)
         report = PseudoLabelReport(
             self.semisup,
             list(self.cfg.DATASETS.CLASSES),
             period=20,
             picture_period=self.cfg.VIS_PERIOD,
-            folder=Path(self.cfg.OUTPUT_DIR, "pseudo_labels"),
+            folder=folder / "pseudo_labels",
             bgr=self.cfg.INPUT.FORMAT == "BGR",
         )
         compare = []
         if self.cfg.SEMISUP.PSEUDO.COMPARE_WITH_TRUTH:
             truth = unlabeled_truth(self.cfg, self._trainer.data_loader.split)
-            path = Path(self.cfg.OUTPUT_DIR, "pseudo_quality.json")
-            period = self.cfg.TEST.EVAL_PERIOD
-            compare = [
-                PseudoLabelQuality(self.semisup, truth, self.cfg, period=period, path=path)
-            ]
-        best = BestModel(f"{self.cfg.SEMISUP.EVAL[0]}/bbox/AP")
+            path, period = folder / "pseudo_quality.json", self.cfg.TEST.EVAL_PERIOD
+            compare = [PseudoLabelQuality(self.semisup, truth, self.cfg, period=period, path=path)]
+        best = BestModel(best_metric(self.cfg), self.semisup, folder)
         writers = [h for h in standard if isinstance(h, hooks.PeriodicWriter)]
         others = [h for h in standard if h not in writers]
         first = TeacherUpdate(self.semisup, self.cfg.SEED)
@@ -72,9 +69,13 @@ class ILNetTrainer(Trainer):
 
         Weights of a plain detector or a backbone go to the student and, as the teacher is a copy
         of it, to the teacher; a checkpoint of such a run fills both.
+
+        Raises:
+            ValueError: burn-in ends at another step than in the run that goes on.
         """
         if resume and self.checkpointer.has_checkpoint():
             super().resume_or_load(resume=True)
+            check_burn_in(self.semisup, self.start_iter)
         else:
             load_initial(self.semisup, self.cfg.MODEL.WEIGHTS)
         loader: SemiLoader = self._trainer.data_loader
@@ -129,12 +130,26 @@ def load_initial(model: TeacherStudentRCNN, path: str) -> None:
     A ``.pth`` or ``.safetensors`` file may hold such a model, or a detector; anything else
     (Detectron2's ``.pkl``, a backbone) is matched with the student.
     """
-    if path.endswith(".pth") and "://" not in path:
+    if path.endswith((".pth", ".safetensors")):
         Checkpointer(model).load(path, checkpointables=[])
         model.burned_in.fill_(False)
     else:
         Checkpointer(model.student).load(path, checkpointables=[])
         model.teacher.load_state_dict(model.student.state_dict())
+
+
+def check_burn_in(model: TeacherStudentRCNN, start_iter: int) -> None:
+    """Refuse a burn-in that would have ended before, or did not end where the checkpoint's did."""
+    if bool(model.burned_in) == (start_iter > model.burn_in_iters):
+        return
+    if model.burned_in:
+        problem = "but in the checkpoint it has ended: its teacher would be lost"
+    else:
+        problem = f"but in the checkpoint it has not ended: {start_iter} or more is possible"
+    raise ValueError(
+        f"SEMISUP.BURN_IN_ITERS is {model.burn_in_iters} and the run goes on at iteration "
+        f"{start_iter}, {problem}"
+    )
 
 
 def trainer_class(cfg: CfgNode) -> type[Trainer]:

@@ -74,8 +74,10 @@ class TrainStep(SimpleTrainer):
                     loss = sum(losses.values())
                 self.grad_scaler.scale(loss).backward()
             sums = {k: v.detach() + sums.get(k, 0.0) for k, v in losses.items()}
-        # Raises on a non-finite loss, before the weights are touched.
-        self._write_metrics(sums, data_time)
+        # Raises on a non-finite loss, before the weights are touched; hence one transfer a step,
+        # for all losses together and after the backward pass is under way.
+        values = torch.stack([v.float() for v in sums.values()]).cpu()
+        self._write_metrics(dict(zip(sums, values, strict=True)), data_time)
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
 

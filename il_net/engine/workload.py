@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 # Inference comes first: its peak memory must not hold the gradients of training steps.
 MODES = ("inference", "train")
+SEMISUP = "semisup"  # the mode of semi-supervised configurations, see semisup_benchmark
 NUM_OBJECTS = 20
 NUM_PROPOSALS = {"inference": 1000, "train": 2000}
 # Logits of the object classes, normal, beside 0 for the background: with 80 classes some 400 of
@@ -121,31 +122,51 @@ def fix_decisions(model: nn.Module, workload: Workload, cfg: CfgNode) -> None:
     Raises:
         ValueError: the model is no R-CNN with proposals and class scores.
     """
+    logits = class_logits(cfg.MODEL.ROI_HEADS.NUM_CLASSES)
+    replace_decisions(model, cfg, workload.proposals, logits)
+
+
+def replace_decisions(
+    model: nn.Module, cfg: CfgNode, proposals: dict[str, Tensor], logits: Tensor
+) -> None:
+    """Do what :func:`fix_decisions` says with given numbers.
+
+    Args:
+        model: changed in place.
+        cfg: its configuration, for the message.
+        proposals: mode to (R, 4) boxes of every picture; modes that are not run may be left out.
+        logits: (R, K + 1) class logits of every picture's proposals at inference.
+
+    Raises:
+        ValueError: see :func:`fix_decisions`.
+    """
     predictors = [m for m in model.modules() if hasattr(m, "cls_score")]
     if not isinstance(model, GeneralizedRCNN) or model.proposal_generator is None or not predictors:
         raise ValueError(
             "only R-CNNs with proposals and class scores can be compared: "
             "MODEL.META_ARCHITECTURE GeneralizedRCNN with an RPN and RoI heads, got "
-            f"{cfg.MODEL.META_ARCHITECTURE} with MODEL.PROPOSAL_GENERATOR.NAME "
+            f"{type(model).__name__} with MODEL.PROPOSAL_GENERATOR.NAME "
             f"{cfg.MODEL.PROPOSAL_GENERATOR.NAME} and MODEL.ROI_HEADS.NAME "
             f"{cfg.MODEL.ROI_HEADS.NAME}"
         )
-    boxes = {mode: Boxes(workload.proposals[mode].to(model.device)) for mode in MODES}
-    logits = class_logits(cfg.MODEL.ROI_HEADS.NUM_CLASSES).to(model.device)
+    boxes = {mode: Boxes(tensor.to(model.device)) for mode, tensor in proposals.items()}
+    logits = logits.to(model.device)
 
     def propose(
         module: nn.Module, args: tuple[ImageList, ...], output: tuple
     ) -> tuple[list[Instances], dict]:
         fixed = boxes["train" if module.training else "inference"]
         zeros = fixed.tensor.new_zeros(len(fixed))
-        proposals = [
+        proposed = [
             Instances(size, proposal_boxes=fixed, objectness_logits=zeros)
             for size in args[0].image_sizes
         ]
-        return proposals, output[1]
+        return proposed, output[1]
 
     def classify(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        return output if module.training else logits.to(output.dtype)
+        if module.training:
+            return output
+        return logits.repeat(len(output) // len(logits), 1).to(output.dtype)
 
     model.proposal_generator.register_forward_hook(propose)
     for predictor in predictors:

@@ -16,6 +16,7 @@ import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import ImageList, Instances
+from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from .box_predictor import filter_counts, score_cut, upgrade_predictors
@@ -193,7 +194,9 @@ class TeacherStudentRCNN(nn.Module):
         else:
             parts = [self._extract(labeled), self._extract(unlabeled)]
         losses = self._losses(*parts[0], targets)
-        with _without_masks(self.student, self.loss_weights["MASK"] == 0):
+        # A name of their own for what the heads count on pseudo labels.
+        scope = get_event_storage().name_scope("pseudo")
+        with scope, _without_masks(self.student, self.loss_weights["MASK"] == 0):
             raw = self._losses(*parts[1], pseudo)
         weighted = weigh(raw, self.loss_weights)
         self.monitor.losses(raw)

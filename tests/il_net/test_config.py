@@ -199,6 +199,19 @@ def test_dataset_names_on_the_command_line(typed):
     assert names == (("leaves", "more") if "more" in typed else ("leaves",))
 
 
+def test_whole_numbers_do_for_floats(tmp_path):
+    opts = ["DATASETS.SPLIT.PERCENT", "10", "SOLVER.BASE_LR", "1", "SOLVER.MAX_ITER", "7"]
+    for cfg in (
+        load_config("", opts),
+        load_config(
+            write(tmp_path, "DATASETS: {SPLIT: {PERCENT: 10}}\nSOLVER: {BASE_LR: 1, MAX_ITER: 7}"),
+            [],
+        ),
+    ):
+        assert cfg.DATASETS.SPLIT.PERCENT == 10.0 and type(cfg.SOLVER.BASE_LR) is float
+        assert type(cfg.SOLVER.MAX_ITER) is int
+
+
 def test_gpu_where_there_is_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert load_config("", []).MODEL.DEVICE == "cuda"

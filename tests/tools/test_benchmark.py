@@ -18,7 +18,9 @@ from detectron2.modeling.roi_heads.fast_rcnn import fast_rcnn_inference_single_i
 from detectron2.structures import Boxes, pairwise_iou
 
 from il_net.config import load_config
-from il_net.engine.benchmark import Subject, compare, count_boxes, differences, in_turn
+from il_net.engine.benchmark import Subject, count_boxes, differences, in_turn
+from il_net.engine.benchmark_report import compare
+from il_net.engine.semisup_benchmark import PHASES
 from il_net.engine.workload import MODES, Workload, class_logits, make_workload
 from sbr_cnn import add_sbr_cnn_config
 
@@ -28,6 +30,8 @@ MASK, LOOP, CASCADE, BOX_ONLY = (
     str(CONFIGS / f"{name}_r50_fpn_1x.yaml")
     for name in ("mask_rcnn", "r3_cnn", "cascade_mask_rcnn", "faster_rcnn")
 )
+SEMISUP = str(REPO / "configs" / "il_net" / "il_net_r50_fpn_coco10.yaml")
+SEPARATE = f"{SEMISUP}:SEMISUP.MERGED_FORWARD=False"
 SIZE = (64, 96)
 # Narrow layers; everything that decides how many boxes there are is the configurations' own.
 NARROW = [
@@ -40,6 +44,8 @@ NARROW = [
     *("MODEL.ROI_MASK_HEAD.CONV_DIM", "8"),
     *("MODEL.ROI_MASK_HEAD.POOLER_SAMPLING_RATIO", "1"),
 ]
+# The objects of small pictures are small.
+TINY_BOXES = ["SEMISUP.PSEUDO.MIN_SIDE", "0.0"]
 SHORT = ["--size", "64x96", "--device", "cpu", "--opts", *NARROW]
 
 
@@ -289,6 +295,32 @@ def test_memory_that_was_not_measured_has_no_ratio(tool):
     assert "**box [9] instead of 1000**" in text
 
 
+def test_shares_and_ratios_of_given_phases(tool):
+    def row(label: str, *milliseconds: float) -> dict:
+        rounds = [[scale * 1e-3 * ms for ms in milliseconds] for scale in (1, 5, 1)]
+        measured = {
+            "times": [sum(seconds) for seconds in rounds],
+            "phases": [dict(zip(PHASES, seconds, strict=True)) for seconds in rounds],
+            **{"peak_bytes": None, "seen": {"pseudo boxes": [20]}, "differs": []},
+        }
+        return {"label": label, "parameters": 1, "semisup": measured}
+
+    rows = compare([row("a", 2, 1, 3, 2.5, 0.5, 0.6, 0.4), row("b", 1, 4, 1, 1, 1, 1, 1)])
+    machine = {"device": "d", "threads": 1, "torch": "2", "date": "today"}
+    settings = {"dtype": "fp32", "size": [64, 96], "images": 1, "repeat": 3}
+    text = tool.render({"machine": machine, "settings": settings, "configs": rows})
+    for line in (
+        "| b | pseudo boxes 20 |",
+        "| phase | a, ms | share | ratio | b, ms | share | ratio |",
+        "| data | 2.0 | 20.0% | 1.00 | 1.0 | 10.0% | 0.50 |",
+        "| teacher | 1.0 | 10.0% | 1.00 | 4.0 | 40.0% | 4.00 |",
+        "| update | 0.5 | 5.0% | 1.00 | 1.0 | 10.0% | 2.00 |",
+        "| step without data | 8.0 | 80.0% | 1.00 | 9.0 | 90.0% | 1.12 |",
+        "| step | 10.0 | 100.0% | 1.00 | 10.0 | 100.0% | 1.00 |",
+    ):
+        assert line in text.splitlines()
+
+
 # ---- the command line ----
 
 
@@ -352,6 +384,50 @@ def test_one_mode_alone(tool, tmp_path, capsys):
     assert "training step, ms" not in capsys.readouterr().out
 
 
+def test_the_semi_supervised_step_in_phases(tool, tmp_path, capsys):
+    output = tmp_path / "bench.json"
+    options = ["--images", "2", "--repeat", "2", "--output", str(output), *SHORT]
+    tool.main([SEMISUP, SEPARATE, *options, "INPUT.MIN_SIZE_TRAIN", "(64,)", *TINY_BOXES])
+    report = json.loads(output.read_text())
+    assert report["settings"]["modes"] == ["semisup"]
+    merged, separate = report["configs"]
+    for row in (merged, separate):
+        assert "train" not in row
+        assert row["parameters_ratio"] == 1
+        measured = row["semisup"]
+        assert measured["differs"] == []
+        assert measured["seen"]["pseudo boxes"] == [20, 20]
+        for total, phases in zip(measured["times"], measured["phases"], strict=True):
+            assert list(phases) == list(PHASES)
+            assert 0 < sum(phases.values()) <= total
+    lines = capsys.readouterr().out.splitlines()
+    start = next(n for n, line in enumerate(lines) if line.startswith("| phase | "))
+    table = [line.strip("| ").split(" | ") for line in lines[start:]]
+    assert [row[0] for row in table[2:]] == [*PHASES, "step without data", "step"]
+    assert {len(row) for row in table} == {7}
+    label = "il_net_r50_fpn_coco10 MERGED_FORWARD=False"
+    assert table[0][4] == f"{label}, ms"
+    assert table[-1][1] == f"{merged['semisup']['median'] * 1000:.1f}"
+    assert table[-1][6] == f"{separate['semisup']['ratio']:.2f}"
+
+
+def test_a_looped_student_has_its_loops_counted(tool, tmp_path):
+    """Any detector of this project: SBR-CNN's heads, in the student and in the teacher."""
+    output = tmp_path / "bench.json"
+    keys = ["MODEL.META_ARCHITECTURE=TeacherStudentRCNN", "SEMISUP.LOSS_WEIGHT.MASK=1.0"]
+    options = ["--repeat", "1", "--output", str(output), *SHORT, *TINY_BOXES]
+    tool.main([":".join([LOOP, *keys]), *options])
+    (row,) = json.loads(output.read_text())["configs"]
+    assert row["semisup"]["differs"] == []
+    assert row["semisup"]["seen"] == {
+        "teacher box": [1000] * 3,
+        "teacher mask": [20],
+        "student box": [1024] * 3 + [512] * 3,
+        "student mask": [256] * 3 + [128] * 3,
+        "pseudo boxes": [20],
+    }
+
+
 def test_profile_names_operators(tool, capsys):
     tool.main([BOX_ONLY, "--modes", "inference", "--profile", *SHORT])
     text = capsys.readouterr().out
@@ -369,6 +445,7 @@ def test_profile_names_operators(tool, capsys):
         ([MASK, "--repeat", "0"], "--repeat: needs a whole number"),
         ([MASK, "--warmup", "-1"], "--warmup"),
         ([MASK, "--modes", "train,test"], "--modes: needs some of inference,train"),
+        ([MASK, "--modes", "train,semisup"], "or semisup alone, got 'train,semisup'"),
         ([MASK, "--dtype", "fp16"], "--dtype"),
         ([MASK, "--device", "cuda"], "--device: cuda was asked for"),
         ([MASK, "--opts", "SEED"], "--opts: needs KEY VALUE"),
@@ -395,6 +472,20 @@ def test_mistakes_name_the_argument(tool, capsys, monkeypatch, arguments, expect
 def test_mistakes_in_a_config_name_it(tool, text, expected):
     with pytest.raises(SystemExit, match=expected):
         tool.main([text, *SHORT])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([MASK, "--modes", "semisup"], f"CONFIG {MASK}: mode semisup needs .*got GeneralizedRCNN"),
+        ([SEMISUP, MASK], f"CONFIG {MASK}: mode semisup needs"),
+        ([SEMISUP, "--modes", "train"], f"CONFIG {SEMISUP}: .* in mode semisup alone, got --modes"),
+    ],
+)
+def test_modes_that_do_not_fit_name_the_config(tool, monkeypatch, arguments, expected):
+    monkeypatch.setattr(tool, "make_workload", None)  # refused before anything is built
+    with pytest.raises(SystemExit, match=expected):
+        tool.main([*arguments, *SHORT])
 
 
 @pytest.mark.slow

@@ -106,7 +106,7 @@ def check_files(file_names: list[str], image_root: str, findings: Findings) -> N
 def check_annotations(
     records: list[Any], findings: Findings, repeated_ids_tolerated: bool
 ) -> list[dict]:
-    """The annotations with an id, an image, a category and a box, each id once."""
+    """The annotations with an id, an image and a category, each id once."""
     good, bad = _split_malformed(
         records,
         lambda a: (

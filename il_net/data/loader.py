@@ -177,6 +177,11 @@ def build_semi_loader(cfg: CfgNode) -> SemiLoader:
         "IMS_PER_BATCH_UNLABELED": cfg.SOLVER.IMS_PER_BATCH_UNLABELED,
     }
     _check_sizes(sizes, cfg.SOLVER.ACCUMULATE)
+    if cfg.DATALOADER.SAMPLER_TRAIN != "TrainingSampler":
+        raise ValueError(
+            "DATALOADER.SAMPLER_TRAIN: semi-supervised training has TrainingSampler only, got "
+            f"{cfg.DATALOADER.SAMPLER_TRAIN}"
+        )
     records = train_records(cfg)
     split = make_split(cfg, records)
     groups = dict(zip(("labeled", "unlabeled"), split_records(cfg, records, split), strict=True))

@@ -100,6 +100,11 @@ class ILNetTrainer(Trainer):
             own.defrost()
             own.OUTPUT_DIR = str(Path(cfg.OUTPUT_DIR, name))
             results[name] = super().test(own, getattr(model, name), evaluators)
+        if not results:
+            logger.warning(
+                "Nothing was evaluated: burn-in has not ended, and SEMISUP.EVAL is %s; add student",
+                cfg.SEMISUP.EVAL,
+            )
         return results
 
 

@@ -26,7 +26,9 @@ class PseudoLabelMonitor:
 
     def labels(self, records: list[dict], labels: list[Instances]) -> None:
         """Count the pseudo labels of one step's unlabelled records."""
-        self.latest = (records, labels)
+        boxes = ("gt_boxes", "gt_classes", "scores")  # masks, large, may go
+        shown = [Instances(x.image_size, **{n: x.get(n) for n in boxes}) for x in labels]
+        self.latest = (records, shown)
         for name, value in pseudo_label_statistics(labels, self.num_classes).items():
             self._add(f"pseudo/{name}", value)
 

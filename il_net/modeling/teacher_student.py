@@ -114,6 +114,15 @@ class TeacherStudentRCNN(nn.Module):
         upgrade_predictors(student, cfg)
         if not 0 <= node.EMA.KEEP_RATE <= 1:
             raise ValueError(f"SEMISUP.EMA.KEEP_RATE lies in [0, 1], got {node.EMA.KEEP_RATE}")
+        if cfg.MODEL.KEYPOINT_ON:
+            raise ValueError("MODEL.KEYPOINT_ON: there are no pseudo labels of keypoints")
+        for name, value in weights.items():
+            if value < 0:
+                raise ValueError(f"SEMISUP.LOSS_WEIGHT.{name} is 0 or more, got {value}")
+        if not 0 <= node.PSEUDO.SCORE_THRESH < 1:
+            raise ValueError(
+                f"SEMISUP.PSEUDO.SCORE_THRESH lies in [0, 1), got {node.PSEUDO.SCORE_THRESH}"
+            )
         if node.EMA.PERIOD < 1:
             raise ValueError(f"SEMISUP.EMA.PERIOD is 1 or more, got {node.EMA.PERIOD}")
         return {
@@ -165,7 +174,7 @@ class TeacherStudentRCNN(nn.Module):
     def update_teacher(self, iteration: int) -> None:
         """Copy or average the student's weights; call it before every training step.
 
-        The student is as the step before left it: a copy at the last step of burn-in's end, an
+        The student is as the step before left it: a copy before the first step after burn-in, an
         average every ``ema_period`` steps from then on.
         """
         since = iteration - self.burn_in_iters
@@ -202,7 +211,7 @@ class TeacherStudentRCNN(nn.Module):
         self.monitor.losses(raw)
         return losses | weighted
 
-    @torch.no_grad()
+    @torch.no_grad()  # not inference mode: the student's losses save these boxes for backward
     def pseudo_label(self, records: list[dict]) -> list[Instances]:
         """What the teacher finds on the weak view of N unlabelled records, as ground truth."""
         with_masks = self.loss_weights["MASK"] > 0

@@ -315,6 +315,9 @@ def test_a_detectors_weights_go_to_both():
         (("SEMISUP.DETECTOR", "ProposalNetwork"), "ProposalNetwork has no .*roi_heads"),
         (("SEMISUP.EMA.KEEP_RATE", 1.5), r"SEMISUP\.EMA\.KEEP_RATE lies in \[0, 1\], got 1.5"),
         (("SEMISUP.EMA.PERIOD", 0), r"SEMISUP\.EMA\.PERIOD is 1 or more"),
+        (("SEMISUP.LOSS_WEIGHT.MASK", -1.0), r"SEMISUP\.LOSS_WEIGHT\.MASK is 0 or more"),
+        (("SEMISUP.PSEUDO.SCORE_THRESH", 70.0), r"SCORE_THRESH lies in \[0, 1\), got 70"),
+        (("MODEL.KEYPOINT_ON", True), "no pseudo labels of keypoints"),
     ],
 )
 def test_mistakes_are_named(opts, message):

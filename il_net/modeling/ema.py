@@ -28,4 +28,5 @@ def update_average(average: nn.Module, model: nn.Module, keep_rate: float) -> No
     moving: list[Tensor] = [ours[name] for name, p in theirs.items() if p.requires_grad]
     latest: list[Tensor] = [p for p in theirs.values() if p.requires_grad]
     torch._foreach_lerp_(moving, latest, 1.0 - keep_rate)  # one launch for all
-    torch._foreach_copy_(list(average.buffers()), list(model.buffers()))
+    if copied := list(average.buffers()):
+        torch._foreach_copy_(copied, list(model.buffers()))

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Train two small models on generated leaf pictures, score them and draw what they find.
 
-python tools/demo.py [KEY VALUE ...]      (what `make demo` runs; about twelve minutes on two cores)
+python tools/demo.py [KEY VALUE ...]      (what `make demo` runs)
 
 First R3-CNN with GRoIE on 400 labelled pictures; then IL-net, student and teacher, on 20 labelled
 pictures and the 400 without their labels.

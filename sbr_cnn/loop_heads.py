@@ -234,8 +234,9 @@ class LoopROIHeads(ROIHeads):
         self, maps: list[Tensor], sample: list[Instances], loop: Loop
     ) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor]]:
         pair = self.pairs[loop.pair]
-        predictions = pair.predict_boxes(maps, [s.proposal_boxes for s in sample])
+        # Read before the heads are launched: sampling has just waited for the device anyway.
         positives = (torch.cat([s.gt_classes for s in sample]) < self.num_classes).sum().item()
+        predictions = pair.predict_boxes(maps, [s.proposal_boxes for s in sample])
         storage = get_event_storage()
         storage.put_scalar(
             f"roi_head/num_fg_samples_loop{loop.number}", positives / max(len(sample), 1)

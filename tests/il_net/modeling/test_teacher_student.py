@@ -251,7 +251,7 @@ def test_the_teacher_reads_the_weak_view_and_no_label():
     inference = model.teacher.inference
     model.teacher.inference = lambda records, **kw: seen.append(records) or inference(records, **kw)
     losses_of(model, batch)
-    assert [r["image"] is b["image"] for r, b in zip(seen[0], batch.unlabeled, strict=True)]
+    assert all(r["image"] is b["image"] for r, b in zip(seen[0], batch.unlabeled, strict=True))
     assert not any("instances" in record for record in seen[0])
 
 

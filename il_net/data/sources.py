@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from detectron2.data.datasets import load_coco_json, load_voc_instances
 
 from .class_lists import ClassNames, contiguous_ids
-from .validate import read_coco_json
+from .coco_file import read_coco_json
 
 PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")

@@ -4,10 +4,9 @@ Boxes are COCO's: (x, y, width, height) in pixels of the stored image, from its 
 `validate_coco` needs no Detectron2; `validate_datasets` reads Detectron2's catalog.
 """
 
-import json
 import logging
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .coco_checks import (
     NUMBERS,
@@ -19,36 +18,13 @@ from .coco_checks import (
     check_references,
     name_annotation,
 )
+from .coco_file import LISTS, read_coco_json
 from .report import Findings, Report
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
 
 logger = logging.getLogger(__name__)
-
-_LISTS = ("images", "annotations", "categories")
-
-
-def read_coco_json(json_file: str) -> dict[str, Any]:
-    """Parse a COCO file and check that it is a JSON object.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is not JSON, or its top level is not an object; names the file.
-    """
-    try:
-        # UTF-8 without a byte order mark, which is all that pycocotools can read afterwards.
-        with open(json_file, encoding="utf-8") as f:
-            data = json.load(f)
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise ValueError(f"{json_file} is not JSON: {e}") from e
-    kind = type(data).__name__
-    if kind != "dict":
-        raise ValueError(
-            f"{json_file} holds a JSON {kind}; a COCO file is an object with the lists "
-            f"{', '.join(_LISTS)}"
-        )
-    return data
 
 
 def validate_coco(
@@ -98,7 +74,7 @@ def validate_coco(
     images_only = not (labeled or scored or data["annotations"])
     if images_only:
         data["categories"] = []
-    for key in _LISTS:
+    for key in LISTS:
         if key not in data:
             findings.state(f"'{key}' is missing")
         elif not isinstance(data[key], list):

@@ -100,18 +100,26 @@ class Checkpointer(DetectionCheckpointer):
     report: LoadReport | None = None
 
     def load(self, path: str, *args, **kwargs) -> dict:
-        """As Detectron2's; raises ``FileNotFoundError`` naming ``MODEL.WEIGHTS``."""
+        """As Detectron2's.
+
+        Raises:
+            FileNotFoundError: no such file, or it cannot be downloaded.
+            ValueError: not a file of weights, or none of them fits the model.
+        """
         if path == LITE0_WEIGHTS:
             path = lite0_file()
         elif path and "://" not in path and not os.path.isfile(path.split("?")[0]):
             raise FileNotFoundError(f"MODEL.WEIGHTS: there is no file {path}")
         try:
-            return super().load(path, *args, **kwargs)
+            loaded = super().load(path, *args, **kwargs)
         except URLError as error:
             raise FileNotFoundError(
                 f"MODEL.WEIGHTS {path} can't be downloaded: {error}. Without a network, name a "
                 "file, or take the backbone of configs/quickstart/Base-small.yaml"
             ) from error
+        if path and not self.report.matched_tensors:
+            raise ValueError(self._misfit(path))
+        return loaded
 
     def load_complete(self, path: str, min_matched: float = 0.9) -> None:
         """Load weights for evaluation or prediction, where a part of them is no use.
@@ -122,13 +130,16 @@ class Checkpointer(DetectionCheckpointer):
         if not path:
             raise ValueError("MODEL.WEIGHTS is empty: name the weights to evaluate or predict with")
         self.load(path, checkpointables=[])
+        if self.report.matched < min_matched * self.report.total:
+            raise ValueError(f"{self._misfit(path)}, less than {min_matched:.0%}")
+
+    def _misfit(self, path: str) -> str:
         report = self.report
-        if report.matched < min_matched * report.total:
-            raise ValueError(
-                f"MODEL.WEIGHTS {path} fits {report.matched:,} of the model's {report.total:,} "
-                f"weights, less than {min_matched:.0%}; {'; '.join(report.differences())}. "
-                "Is this the configuration the weights were trained with?"
-            )
+        return (
+            f"MODEL.WEIGHTS {path}: {'; '.join(report.differences())}. Is this the configuration "
+            f"the weights were trained with? {report.matched:,} of the model's {report.total:,} "
+            "weights fit"
+        )
 
     def _load_file(self, filename: str) -> dict:
         try:

@@ -86,8 +86,9 @@ def add_il_net_config(cfg: CfgNode) -> None:
     cfg.SEMISUP.LOSS_WEIGHT.MASK = 0.0
     # The focal RoI classifier's gamma; 0 is plain cross-entropy.
     cfg.SEMISUP.FOCAL_GAMMA = 1.5
-    # One backbone pass of the student over labelled and unlabelled images together, meant for
-    # GPUs; on two CPU cores it took 6 % longer (docs/benchmarks.md). False: one after the other.
+    # One backbone pass of the student over labelled and unlabelled images together, unless their
+    # sizes differ so much that padding costs more than 10 %. Meant for GPUs; on two CPU cores it
+    # took 6 % longer (docs/benchmarks.md). False: always one after the other.
     cfg.SEMISUP.MERGED_FORWARD = True
     # The teacher proposes as many boxes as in training (published code), not as at test.
     cfg.SEMISUP.TEACHER_TRAIN_PROPOSALS = False

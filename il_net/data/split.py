@@ -222,8 +222,8 @@ def without_labels(record: Mapping[str, Any]) -> dict[str, Any]:
 def write_split(folder: str, split: Split) -> None:
     """Write `split.json` into the run's folder; `DATASETS.SPLIT.FILE` can read it.
 
-    Warns if the folder holds another split, as after a resume on changed data. Only the main
-    process writes.
+    Another split in the folder, an older run's, becomes `split_previous.json`. A run that goes on
+    must have its own (see `split_digest`). Only the main process writes.
     """
     if not comm.is_main_process():
         return
@@ -231,19 +231,24 @@ def write_split(folder: str, split: Split) -> None:
     lists = {split.percent: {split.seed: split.labeled}}
     text = json.dumps(split_document(split.dataset, ids, lists))
     path = Path(folder, _FILE)
-    if path.exists() and path.read_text(encoding="utf-8") != text:
-        logger.warning("%s held another split: the data or DATASETS.SPLIT have changed", path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and path.read_text(encoding="utf-8") != text:
+        path.replace(path.with_name("split_previous.json"))
     path.write_text(text, encoding="utf-8")
-    digest = hashlib.sha256(text.encode()).hexdigest()
     logger.info(
         "%d labelled and %d unlabelled images of %s; sha256 of %s: %s",
         len(split.labeled),
         len(split.unlabeled),
         split.dataset,
         path,
-        digest,
+        split_digest(folder),
     )
+
+
+def split_digest(folder: str) -> str | None:
+    """SHA-256 (hexadecimal) of a run's `split.json`, None where there is none."""
+    path = Path(folder, _FILE)
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
 def image_classes(records: Records) -> dict[ImageId, set[int]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase, hooks
 from detectron2.evaluation import DatasetEvaluator
+from detectron2.utils import comm
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -54,7 +55,7 @@ class ILNetTrainer(Trainer):
             bgr=self.cfg.INPUT.FORMAT == "BGR",
         )
         compare = []
-        if self.cfg.SEMISUP.PSEUDO.COMPARE_WITH_TRUTH:
+        if self.cfg.SEMISUP.PSEUDO.COMPARE_WITH_TRUTH and comm.is_main_process():
             truth = unlabeled_truth(self.cfg, self._trainer.data_loader.split)
             path, period = folder / "pseudo_quality.json", self.cfg.TEST.EVAL_PERIOD
             compare = [PseudoLabelQuality(self.semisup, truth, self.cfg, period=period, path=path)]

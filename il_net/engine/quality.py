@@ -7,15 +7,16 @@ stays in this hook and reaches no training step.
 import logging
 from pathlib import Path
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.engine import HookBase
 from detectron2.structures import Boxes, BoxMode, Instances
 from detectron2.utils import comm
 
 from ..data.split import Split, records_by_id, train_records, without_labels
-from ..evaluation.pseudo_quality import PseudoQuality, append_summary
+from ..evaluation.pseudo_quality import PseudoQuality, append_summary, drop_summaries
 from ..modeling.teacher_student import TeacherStudentRCNN
 
 logger = logging.getLogger(__name__)
@@ -28,7 +29,7 @@ class PseudoLabelQuality(HookBase):
 
     Args:
         model: the teacher-student model, without DDP around it.
-        records: unlabelled images with their true ``annotations``; the first ``MAX_IMAGES`` serve.
+        records: unlabelled images with their true ``annotations``; a draw of ``MAX_IMAGES`` serves.
         cfg: image size and format at test.
         period: steps; 0 means after the last step only.
         path: a file of one JSON summary a line.
@@ -44,11 +45,17 @@ class PseudoLabelQuality(HookBase):
         path: Path,
     ) -> None:
         self.model = model
-        self.records = records[:MAX_IMAGES]
+        order = np.random.default_rng(0).permutation(len(records))[:MAX_IMAGES]
+        self.records = [records[i] for i in sorted(order)]
         self.mapper = DatasetMapper(cfg, is_train=False)
         self.classes = cfg.DATASETS.CLASSES
         self.period = period
         self.path = path
+
+    def before_train(self) -> None:
+        """Runs once; a resumed run makes the lines that it repeats anew."""
+        if comm.is_main_process():
+            drop_summaries(self.path, after=self.trainer.start_iter)
 
     def after_step(self) -> None:
         """Runs after the optimizer's step."""
@@ -79,15 +86,25 @@ def true_instances(record: dict, size: tuple[int, int]) -> Instances:
 
 
 def unlabeled_truth(cfg: CfgNode, split: Split) -> list[dict]:
-    """The records of ``DATASETS.TRAIN`` that the split takes the labels from, with their labels.
+    """The unlabelled images whose true labels exist, with them.
+
+    Those are the images of ``DATASETS.TRAIN`` that the split takes the labels from, and those of
+    ``DATASETS.UNLABELED`` with annotations in classes of the model.
 
     Raises:
-        ValueError: the split leaves all images their labels.
+        ValueError: there are none.
     """
-    by_id = records_by_id(train_records(cfg))
-    if not split.unlabeled:
+    records = []
+    if split.unlabeled:
+        by_id = records_by_id(train_records(cfg))
+        records += [by_id[image_id] for image_id in split.unlabeled]
+    for name in cfg.DATASETS.UNLABELED:
+        if MetadataCatalog.get(name).get("thing_classes") == list(cfg.DATASETS.CLASSES):
+            records += [record for record in DatasetCatalog.get(name) if record.get("annotations")]
+    if not records:
         raise ValueError(
             "SEMISUP.PSEUDO.COMPARE_WITH_TRUTH needs unlabelled images whose labels are known: "
-            "set DATASETS.SPLIT.PERCENT below 100"
+            "set DATASETS.SPLIT.PERCENT below 100, or name a set with labels of the same classes "
+            "in DATASETS.UNLABELED"
         )
-    return [by_id[image_id] for image_id in split.unlabeled]
+    return records

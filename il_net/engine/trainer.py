@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..checkpoint import Checkpointer
-from ..data.split import make_split, split_records, train_records, write_split
+from ..data.split import make_split, split_digest, split_records, train_records, write_split
 from ..evaluation.build import build_evaluator
 
 logger = logging.getLogger(__name__)
@@ -135,11 +135,26 @@ class Trainer(DefaultTrainer):
             )
 
     def state_dict(self) -> dict:
-        """Iteration, hooks and the step's state (release 0.6 leaves out the step's)."""
-        return {**TrainerBase.state_dict(self), "_trainer": self._trainer.state_dict()}
+        """Iteration, hooks, split and the step's state (release 0.6 leaves out the step's)."""
+        return {
+            **TrainerBase.state_dict(self),
+            "_trainer": self._trainer.state_dict(),
+            "split": split_digest(self.cfg.OUTPUT_DIR),
+        }
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Undo ``state_dict``; warns about a checkpoint of Detectron2 0.6's own trainer."""
+        """Undo ``state_dict``; warns about a checkpoint of Detectron2 0.6's own trainer.
+
+        Raises:
+            ValueError: the run had other labelled or unlabelled images.
+        """
+        before, now = state_dict.get("split"), split_digest(self.cfg.OUTPUT_DIR)
+        if before and now and before != now:
+            raise ValueError(
+                "The training images or their split into labelled and unlabelled ones are not "
+                "those of the run that goes on: restore DATASETS.TRAIN and DATASETS.SPLIT, or "
+                "start a new run from MODEL.WEIGHTS in another OUTPUT_DIR, without --resume"
+            )
         TrainerBase.load_state_dict(self, state_dict)
         if "_trainer" in state_dict:
             self._trainer.load_state_dict(state_dict["_trainer"])

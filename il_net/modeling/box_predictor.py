@@ -35,6 +35,7 @@ class ILNetOutputLayers(FastRCNNOutputLayers):
         iou_head: the branch, None without.
         iou_filter: inference removes proposals by their IoU score.
         iou_threshold: theta, which an IoU score must be above to stay.
+        skipped: groups of losses that :func:`.skipping.without_losses` leaves out.
         filtered: what the filter removed in the last inference, see :func:`filter_counts`.
     """
 
@@ -42,6 +43,7 @@ class ILNetOutputLayers(FastRCNNOutputLayers):
     iou_head: IoUHead | None
     iou_filter: bool
     iou_threshold: float
+    skipped: frozenset[str] = frozenset()
     # Not a buffer: no state of the model, nothing to average or to broadcast.
     filtered: Tensor | None = None
 
@@ -61,7 +63,7 @@ class ILNetOutputLayers(FastRCNNOutputLayers):
         if self.focal_gamma:
             loss = focal_cross_entropy(predictions[0], classes, self.focal_gamma)
             losses["loss_cls"] = loss * self.loss_weight.get("loss_cls", 1.0)
-        if self.iou_head is not None:
+        if self.iou_head is not None and "IOU" not in self.skipped:
             boxes = torch.cat([p.proposal_boxes.tensor for p in proposals])
             # Without ground truth all is background: any box of the right shape will do.
             gt_boxes = torch.cat(
@@ -70,6 +72,14 @@ class ILNetOutputLayers(FastRCNNOutputLayers):
             ious = decoded_ious(predictions[1], boxes, gt_boxes, classes, self.box2box_transform)
             losses["loss_box_iou"] = self.iou_head.loss(predictions[2], ious, classes)
         return losses
+
+    def box_reg_loss(
+        self, proposal_boxes: Tensor, gt_boxes: Tensor, pred_deltas: Tensor, gt_classes: Tensor
+    ) -> Tensor:
+        """Detectron2's loss of the deltas (R, B), or a zero where it is skipped."""
+        if "BOX_REG" in self.skipped:
+            return pred_deltas.new_zeros(())
+        return super().box_reg_loss(proposal_boxes, gt_boxes, pred_deltas, gt_classes)
 
     def inference(
         self, predictions: tuple[Tensor, ...], proposals: list[Instances]

@@ -24,6 +24,7 @@ from .ema import copy_state, update_average
 from .losses import weigh
 from .monitor import PseudoLabelMonitor
 from .pseudo_labels import make_pseudo_labels
+from .skipping import without_losses, without_masks
 
 
 class TrainBatch(Protocol):
@@ -37,6 +38,8 @@ class TrainBatch(Protocol):
     unlabeled: list[dict]
 
 
+# One backbone pass pads both groups to the size of the larger; above this it costs more than two.
+MAX_PADDING = 1.1
 _PARTS = ("preprocess_image", "backbone", "proposal_generator", "roi_heads", "inference")
 
 
@@ -49,8 +52,8 @@ class TeacherStudentRCNN(nn.Module):
     burn-in the student.
 
     Differs from Unbiased Teacher: the teacher is in evaluation mode with as many proposals as at
-    test; its score threshold cuts before NMS (same boxes); losses of weight 0 are left out instead
-    of multiplied; one backbone pass for all of the student's images.
+    test; its score threshold cuts before NMS (same boxes); losses of weight 0 are not computed
+    instead of multiplied; one backbone pass for all of the student's images.
 
     Args:
         student: a detector with a backbone, a proposal generator and RoI heads.
@@ -58,7 +61,7 @@ class TeacherStudentRCNN(nn.Module):
         keep_rate, ema_period: see ``SEMISUP.EMA``.
         loss_weights: group (see :func:`.losses.weigh`) to weight on unlabelled images.
         score_thresh, min_side, max_per_image: see :func:`.pseudo_labels.make_pseudo_labels`.
-        merged_forward: one backbone pass over labelled and unlabelled images.
+        merged_forward: one backbone pass over all of the student's images, if padding allows.
         teacher_train_proposals: the teacher proposes as in training.
         num_classes: K.
     """
@@ -197,30 +200,33 @@ class TeacherStudentRCNN(nn.Module):
         self.monitor.labels(batch.unlabeled, pseudo)
         self.monitor.counts(filter_counts(self.teacher))
         unlabeled = _views(batch.unlabeled, "strong_image")
-        if self.merged_forward:
+        if self.merged_forward and _padding(labeled, unlabeled) < MAX_PADDING:
             whole = self._extract([*labeled, *unlabeled])
             parts = [_slice(*whole, 0, len(labeled)), _slice(*whole, len(labeled), None)]
         else:
             parts = [self._extract(labeled), self._extract(unlabeled)]
         losses = self._losses(*parts[0], targets)
+        without_weight = {group for group, weight in self.loss_weights.items() if not weight}
         # A name of their own for what the heads count on pseudo labels.
         scope = get_event_storage().name_scope("pseudo")
-        with scope, _without_masks(self.student, self.loss_weights["MASK"] == 0):
+        with scope, without_losses(self.student, without_weight):
             raw = self._losses(*parts[1], pseudo)
         weighted = weigh(raw, self.loss_weights)
-        self.monitor.losses(raw)
+        self.monitor.losses({name: raw[name] for name in raw if f"{name}_pseudo" in weighted})
         return losses | weighted
 
-    @torch.no_grad()  # not inference mode: the student's losses save these boxes for backward
     def pseudo_label(self, records: list[dict]) -> list[Instances]:
         """What the teacher finds on the weak view of N unlabelled records, as ground truth."""
         with_masks = self.loss_weights["MASK"] > 0
         with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode())
             stack.enter_context(score_cut(self.teacher, self.score_thresh))
-            stack.enter_context(_without_masks(self.teacher, not with_masks))
+            if not with_masks:
+                stack.enter_context(without_masks(self.teacher))
             if self.teacher_train_proposals:
                 stack.enter_context(_train_proposals(self.teacher))
             detections = self.teacher.inference(records, do_postprocess=False)
+        # Outside of inference mode, because the student's losses keep these boxes for backward.
         return make_pseudo_labels(
             detections,
             score_thresh=self.score_thresh,
@@ -245,23 +251,21 @@ def _views(records: list[dict], view: str) -> list[dict]:
     return [{**record, "image": record[view]} for record in records]
 
 
+def _padding(*groups: list[dict]) -> float:
+    """How much larger one padded batch of all images is than one batch for each group."""
+
+    def area(records: list[dict]) -> int:
+        heights, widths = zip(*(record["image"].shape[-2:] for record in records), strict=True)
+        return max(heights) * max(widths) * len(records)
+
+    return area([r for group in groups for r in group]) / sum(area(group) for group in groups)
+
+
 def _slice(
     images: ImageList, features: dict[str, Tensor], start: int, end: int | None
 ) -> tuple[ImageList, dict[str, Tensor]]:
     part = ImageList(images.tensor[start:end], images.image_sizes[start:end])
     return part, {name: feature[start:end] for name, feature in features.items()}
-
-
-@contextmanager
-def _without_masks(detector: nn.Module, off: bool) -> Iterator[None]:
-    """Leave the mask branch out: nobody reads its result."""
-    heads = detector.roi_heads
-    before = getattr(heads, "mask_on", False)
-    heads.mask_on = before and not off
-    try:
-        yield
-    finally:
-        heads.mask_on = before
 
 
 @contextmanager

@@ -138,6 +138,8 @@ def test_checkpoint_of_another_model_is_refused_with_names_from_both(tmp_path):
     message = str(error.value)
     assert " 0 of the model's 160" in message
     assert "backbone." in message
+    with pytest.raises(ValueError, match="0 of the model's 160"):  # nor does training start so
+        Checkpointer(mlp()).load(str(tmp_path / "w.pth"))
 
 
 def test_many_small_tensors_do_not_stand_for_a_large_one(tmp_path):

@@ -1,5 +1,6 @@
 """Which images keep their labels: counts of the thesis, both file formats, what a run gets."""
 
+import hashlib
 import json
 import logging
 import random
@@ -19,6 +20,7 @@ from il_net.data.split import (
     count_labeled,
     draw_labeled,
     make_split,
+    split_digest,
     split_records,
     stratify,
     train_records,
@@ -380,12 +382,14 @@ def test_split_file_of_a_run(cfg, tmp_path, caplog):
         write_split(str(folder), split)
         write_split(str(folder), split)
     assert "2 labelled and 2 unlabelled images of train" in caplog.text
-    assert "held another split" not in caplog.text
+    assert not (folder / "split_previous.json").exists()
     cfg.DATASETS.SPLIT.FILE = str(folder / "split.json")
     assert make_split(cfg, train_records(cfg)) == split
-    with caplog.at_level(logging.WARNING):
-        write_split(str(folder), Split("train", 50.0, 0, (10, 20), (30, 40)))
-    assert "held another split" in caplog.text
+    old, digest = (folder / "split.json").read_bytes(), split_digest(str(folder))
+    assert digest == hashlib.sha256(old).hexdigest()
+    write_split(str(folder), Split("train", 50.0, 0, (10, 20), (30, 40)))
+    assert (folder / "split_previous.json").read_bytes() == old
+    assert split_digest(str(folder)) != digest and split_digest(str(tmp_path)) is None
 
     cfg.DATASETS.SPLIT.FILE = "gone.json"
     with pytest.raises(FileNotFoundError, match=r"DATASETS\.SPLIT\.FILE: there is no file 'gone"):

@@ -161,6 +161,16 @@ def test_resuming_where_there_is_no_checkpoint_starts_from_the_weights(tmp_path)
     assert trainer.semisup.student.w.item() == -2 * RATE  # gradient 1 in both runs
 
 
+def test_a_run_goes_on_with_its_own_split_only(tmp_path):
+    tmp_path.joinpath("split.json").write_text("one")
+    train(tmp_path, 1)
+    tmp_path.joinpath("split.json").write_text("another")
+    with pytest.raises(ValueError, match=r"DATASETS\.TRAIN and DATASETS\.SPLIT, or start a new run"):
+        train(tmp_path, 2, resume=True)
+    tmp_path.joinpath("split.json").write_text("one")
+    assert train(tmp_path, 2, resume=True).start_iter == 1
+
+
 @pytest.mark.parametrize(("stop", "burn_in"), [(3, 5), (2, 2), (1, 3)])
 def test_burn_in_that_lies_ahead_may_be_moved(tmp_path, monkeypatch, stop, burn_in):
     train(tmp_path, stop)

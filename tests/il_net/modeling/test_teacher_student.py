@@ -6,10 +6,13 @@ import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
+from detectron2.modeling.proposal_generator import rpn
+from detectron2.modeling.roi_heads import FastRCNNOutputLayers
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 from il_net.config import add_il_net_config
+from il_net.modeling import box_predictor
 from il_net.modeling.ema import update_average
 from il_net.modeling.teacher_student import TeacherStudentRCNN
 
@@ -215,12 +218,51 @@ def test_losses_are_the_groups_weighted_sum_term_by_term(merged):
         torch.testing.assert_close(losses[name], expected[name], rtol=1e-4, atol=1e-6)
 
 
-def test_losses_of_weight_zero_are_not_there():
-    model = sure(make_model("SEMISUP.LOSS_WEIGHT.BOX_REG", 0.0, "SEMISUP.LOSS_WEIGHT.RPN_LOC", 0.0))
-    losses = losses_of(model, make_batch())
-    assert {n for n in losses if n.endswith("_pseudo")} == {
-        "loss_cls_pseudo", "loss_rpn_cls_pseudo", "loss_box_iou_pseudo",
-    }  # fmt: skip
+def count_calls(monkeypatch, owner: object, name: str) -> list[int]:
+    calls, original = [], getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *a, **k: calls.append(1) or original(*a, **k))
+    return calls
+
+
+def test_losses_of_weight_zero_are_neither_computed_nor_logged(monkeypatch):
+    keys = [f"SEMISUP.LOSS_WEIGHT.{group}" for group in ("BOX_REG", "RPN_LOC", "IOU")]
+    model, batch = sure(make_model(*(part for key in keys for part in (key, 0.0)))), make_batch()
+    encodings = [
+        count_calls(monkeypatch, rpn, "_dense_box_regression_loss"),
+        count_calls(monkeypatch, FastRCNNOutputLayers, "box_reg_loss"),
+        count_calls(monkeypatch, box_predictor, "decoded_ious"),
+    ]
+    losses = losses_of(model, batch)
+    pseudo = {name for name in losses if name.endswith("_pseudo")}
+    assert pseudo == {"loss_cls_pseudo", "loss_rpn_cls_pseudo"}
+    assert set(WEIGHTS) <= set(losses)  # of the labelled images, all
+    assert [len(calls) for calls in encodings] == [1, 1, 1]
+    raw = {name for name in model.monitor.read() if name.startswith("pseudo/raw_")}
+    assert raw == {"pseudo/raw_loss_cls", "pseudo/raw_loss_rpn_cls"}
+
+
+def test_what_stays_is_the_same_when_the_rest_is_skipped():
+    batch = make_batch()
+    skipping = sure(
+        make_model("SEMISUP.LOSS_WEIGHT.BOX_REG", 0.0, "SEMISUP.LOSS_WEIGHT.RPN_LOC", 0.0)
+    )
+    whole = make_model()
+    whole.load_state_dict(skipping.state_dict())
+    expected = losses_of(whole, batch)
+    for name, loss in losses_of(skipping, batch).items():
+        torch.testing.assert_close(loss, expected[name])
+
+
+@pytest.mark.parametrize(("height", "passes"), [(SIZE[0], 1), (2 * SIZE[0], 2)])
+def test_groups_are_not_merged_where_padding_would_cost_more(height, passes):
+    """One labelled image (two views) of 96 x 128, one unlabelled: 3 x 192 x 128 against 4 x 96."""
+    model, batch, seen = make_model(), make_batch(unlabeled=1), []
+    (record,) = batch.unlabeled
+    views = torch.randint(256, (2, 3, height, SIZE[1]), dtype=torch.uint8)
+    record |= {"image": views[0], "strong_image": views[1], "height": height}
+    model.student.backbone.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    losses_of(model, batch)
+    assert seen == ([3] if passes == 1 else [2, 1])
 
 
 def test_images_without_pseudo_labels_train_as_background():

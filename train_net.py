@@ -6,6 +6,7 @@ Options are Detectron2's (--help lists them); also runs under torchrun.
 
 import argparse
 import logging
+from itertools import chain
 from pathlib import Path
 
 from il_net.check import require_detectron2
@@ -14,6 +15,7 @@ require_detectron2()
 
 import torch  # noqa: E402  (from here on after the advice on a missing torch or detectron2)
 from detectron2.config import CfgNode  # noqa: E402
+from detectron2.data import DatasetCatalog  # noqa: E402
 from detectron2.engine import default_argument_parser, default_setup  # noqa: E402
 from detectron2.evaluation import verify_results  # noqa: E402
 from detectron2.utils import comm  # noqa: E402
@@ -21,6 +23,7 @@ from detectron2.utils.logger import setup_logger  # noqa: E402
 
 from il_net.checkpoint import Checkpointer  # noqa: E402
 from il_net.config import load_config  # noqa: E402
+from il_net.data.containment import infer_groups  # noqa: E402
 from il_net.data.datasets import register_datasets  # noqa: E402
 from il_net.data.validate import validate_datasets  # noqa: E402
 from il_net.engine.il_trainer import trainer_class  # noqa: E402
@@ -41,6 +44,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
             "MODEL.DEVICE cpu with several processes: set CUDA_VISIBLE_DEVICES= to nothing as well"
         )
     register_datasets(cfg)
+    resolve_groups(cfg)
     if comm.get_local_rank() == 0:
         validate_datasets(cfg)
     cfg.freeze()
@@ -52,6 +56,17 @@ def setup(args: argparse.Namespace) -> CfgNode:
         trained.rename(trained.with_name("config_eval.yaml"))
         trained.write_text(kept)
     return cfg
+
+
+def resolve_groups(cfg: CfgNode) -> None:
+    """Replace ``MODEL.C2SSL.GROUPS: "auto"`` by what the training set shows."""
+    node = cfg.MODEL.C2SSL
+    if node.ENABLED and node.GROUPS == "auto":
+        records = chain.from_iterable(map(DatasetCatalog.get, cfg.DATASETS.TRAIN))
+        try:
+            node.GROUPS = infer_groups(records, cfg.DATASETS.CLASSES, node.AUTO_SHARE)
+        except ValueError as error:
+            raise ValueError(f"MODEL.C2SSL.GROUPS auto, AUTO_SHARE: {error}") from error
 
 
 def main(args: argparse.Namespace) -> dict | None:

@@ -79,6 +79,37 @@ def add_sbr_cnn_config(cfg: CfgNode) -> None:
     # Masks train on a new sample of the loop's refined boxes; False: on the box branch's sample.
     cfg.MODEL.ROI_LOOP_HEAD.INTERLEAVED = True
 
+    cfg.MODEL.C2SSL = CfgNode()
+    # The container/content task beside the box heads of LoopROIHeads and ExtractorROIHeads, in
+    # training only: is a container sick, does a content lie inside one?
+    cfg.MODEL.C2SSL.ENABLED = False
+    # Which classes contain which, by name: a list of {containers: [leaf], contents: [rust, mould]};
+    # or "auto": inferred from the training set by MODEL.C2SSL.AUTO_SHARE (a run's config.yaml has
+    # what was inferred).
+    cfg.MODEL.C2SSL.GROUPS = None
+    # "auto": class A contains B when at least this share of B's objects lie inside one of A's.
+    cfg.MODEL.C2SSL.AUTO_SHARE = 0.9
+    # "both" (four situations), or one logit for "container" (healthy, sick) or "content" (isolated,
+    # inside) alone.
+    cfg.MODEL.C2SSL.MODE = "both"
+    # Inside: from this share of the content on (the thesis' mu).
+    cfg.MODEL.C2SSL.THRESHOLD = 0.45
+    # Of the focal loss; 0 is weighted cross-entropy.
+    cfg.MODEL.C2SSL.GAMMA = 1.5
+    # "both": weights of healthy, sick, isolated, inside (LDD: 0.33, 0.29, 0.33, 0.05); (): from the
+    # targets counted so far (eq. 2.16).
+    cfg.MODEL.C2SSL.CLASS_WEIGHTS = ()
+    # Other modes: weight of healthy or isolated; 1 - ALPHA is that of sick or inside.
+    cfg.MODEL.C2SSL.ALPHA = 0.96
+    cfg.MODEL.C2SSL.LOSS_WEIGHT = 1.0
+    # Containment between the matched objects' masks instead of the box with the objects' boxes.
+    cfg.MODEL.C2SSL.MASKS = False
+
+    # Every so many training steps: IoU histogram of each loop's proposals, positives and counts of
+    # C2SSL targets, as TensorBoard histograms and a line of roi_statistics.json; 0: off. Read by
+    # LoopROIHeads and ExtractorROIHeads; pseudo labels count as objects.
+    cfg.MODEL.ROI_STATISTICS_PERIOD = 0
+
     cfg.MODEL.TIMM = CfgNode()
     # Any timm model with features_only support; read by build_timm_fpn_backbone.
     cfg.MODEL.TIMM.NAME = "tf_efficientnet_lite0"

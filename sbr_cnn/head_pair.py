@@ -11,6 +11,7 @@ from detectron2.modeling.roi_heads import FastRCNNOutputLayers
 from detectron2.structures import Boxes
 from torch import Tensor, nn
 
+from .c2ssl import ContainmentHead, build_containment_head
 from .extractors import build_roi_extractor
 from .mask_heads import LoopMaskHead
 
@@ -22,6 +23,7 @@ class HeadPair(nn.Module):
         box_pooler, box_head, box_predictor: as in Detectron2's ``StandardROIHeads``; the
             predictor is class-agnostic for boxes.
         mask_pooler, mask_head: a ``LoopMaskHead`` and its extractor; None without masks.
+        c2ssl_head: trains beside the box predictor on the same features; None without.
     """
 
     def __init__(
@@ -32,6 +34,7 @@ class HeadPair(nn.Module):
         box_predictor: FastRCNNOutputLayers,
         mask_pooler: nn.Module | None = None,
         mask_head: nn.Module | None = None,
+        c2ssl_head: ContainmentHead | None = None,
     ) -> None:
         super().__init__()
         self.box_pooler = box_pooler
@@ -39,6 +42,7 @@ class HeadPair(nn.Module):
         self.box_predictor = box_predictor
         self.mask_pooler = mask_pooler
         self.mask_head = mask_head
+        self.c2ssl_head = c2ssl_head
 
     @classmethod
     def build(
@@ -55,6 +59,9 @@ class HeadPair(nn.Module):
                 cfg, box_head.output_shape, box2box_transform=Box2BoxTransform(box_reg_weights)
             ),
         }
+        parts["c2ssl_head"] = build_containment_head(
+            cfg, parts["box_predictor"].cls_score.in_features
+        )
         if cfg.MODEL.MASK_ON:
             side = cfg.MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION
             shape = ShapeSpec(channels=channels, height=side, width=side)
@@ -67,6 +74,10 @@ class HeadPair(nn.Module):
                 )
         return cls(**parts)
 
+    def box_features(self, features: list[Tensor], boxes: list[Boxes]) -> Tensor:
+        """The box head's output (R, ...) for the given boxes."""
+        return self.box_head(self.box_pooler(features, boxes))
+
     def predict_boxes(self, features: list[Tensor], boxes: list[Boxes]) -> tuple[Tensor, Tensor]:
         """Class logits (R, K + 1) and box deltas (R, 4) of the given boxes."""
-        return self.box_predictor(self.box_head(self.box_pooler(features, boxes)))
+        return self.box_predictor(self.box_features(features, boxes))

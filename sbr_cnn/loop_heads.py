@@ -24,6 +24,7 @@ from .head_pair import HeadPair
 from .mask_heads import select_class, train_masks
 from .mask_iou import MaskIoUHead, build_mask_iou_head
 from .schedule import Loop, LoopSchedule
+from .statistics import RoIStatistics, build_statistics
 
 
 @ROI_HEADS_REGISTRY.register()
@@ -53,6 +54,7 @@ class LoopROIHeads(ROIHeads):
             detections carry ``mask_scores``.
         mask_loop: iterate the mask head t times in training loop t.
         interleaved: train masks on a new sample of the refined boxes.
+        statistics: counts what enters the loops in training.
         **kwargs: see Detectron2's ``ROIHeads``; ``proposal_matcher``
             (``MODEL.ROI_HEADS.IOU_THRESHOLDS``) is not used, the schedule has the thresholds;
             nor is ``MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS``, every pair has its own.
@@ -68,6 +70,7 @@ class LoopROIHeads(ROIHeads):
         mask_iou_head: MaskIoUHead | None = None,
         mask_loop: bool = True,
         interleaved: bool = True,
+        statistics: RoIStatistics | None = None,
         **kwargs,
     ) -> None:
         super().__init__(proposal_matcher=None, **kwargs)
@@ -77,6 +80,7 @@ class LoopROIHeads(ROIHeads):
         self.mask_iou_head = mask_iou_head
         self.mask_loop = mask_loop
         self.interleaved = interleaved
+        self.statistics = statistics
         self.mask_on = self.pairs["a"].mask_head is not None
 
     @classmethod
@@ -112,6 +116,7 @@ class LoopROIHeads(ROIHeads):
             mask_iou_head=build_mask_iou_head(cfg, input_shape[in_features[0]].channels),
             mask_loop=node.MASK_LOOP,
             interleaved=node.INTERLEAVED,
+            statistics=build_statistics(cfg),
         )
         return ret
 
@@ -133,7 +138,7 @@ class LoopROIHeads(ROIHeads):
                     start = len(f"{prefix}pairs.a.")
                     state |= {f"{prefix}pairs.{letter}.{n[start:]}": t for n, t in first.items()}
             return
-        branches = "box_pooler|box_head|box_predictor|mask_pooler|mask_head"
+        branches = "box_pooler|box_head|box_predictor|mask_pooler|mask_head|c2ssl_head"
         pattern = re.compile(rf"{re.escape(prefix)}((?:{branches})\.)(?:(\d+)\.)?(.+)")
         letters = list(self.pairs)
         for match in filter(None, map(pattern.fullmatch, list(state))):
@@ -172,8 +177,10 @@ class LoopROIHeads(ROIHeads):
         losses: dict[str, Tensor] = {}
         boxes = [p.proposal_boxes for p in proposals]
         for loop in self.schedule.train:
+            if self.statistics is not None:
+                self.statistics.add_proposals(loop.number, boxes, targets)
             sample = self.label_and_sample(boxes, targets, loop)
-            loop_losses, predictions = self._train_boxes(maps, sample, loop)
+            loop_losses, predictions = self._train_boxes(maps, sample, targets, loop)
             resample = self.mask_on and self.interleaved
             if resample or loop.number < len(self.schedule.order):
                 refined = self._refine(self.pairs[loop.pair], predictions, sample)
@@ -231,18 +238,25 @@ class LoopROIHeads(ROIHeads):
         return samples
 
     def _train_boxes(
-        self, maps: list[Tensor], sample: list[Instances], loop: Loop
+        self, maps: list[Tensor], sample: list[Instances], targets: list[Instances], loop: Loop
     ) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor]]:
         pair = self.pairs[loop.pair]
         # Read before the heads are launched: sampling has just waited for the device anyway.
         positives = (torch.cat([s.gt_classes for s in sample]) < self.num_classes).sum().item()
-        predictions = pair.predict_boxes(maps, [s.proposal_boxes for s in sample])
+        x = pair.box_features(maps, [s.proposal_boxes for s in sample])
+        predictions = pair.box_predictor(x)
         storage = get_event_storage()
         storage.put_scalar(
             f"roi_head/num_fg_samples_loop{loop.number}", positives / max(len(sample), 1)
         )
         with storage.name_scope(f"loop{loop.number}"):
-            return pair.box_predictor.losses(predictions, sample), predictions
+            losses = pair.box_predictor.losses(predictions, sample)
+        if pair.c2ssl_head is not None:
+            pair.c2ssl_head.assign(sample, targets)
+            losses["loss_c2ssl"] = pair.c2ssl_head(x, sample)
+        if self.statistics is not None:
+            self.statistics.add_sample(loop.number, sample)
+        return losses, predictions
 
     @torch.no_grad()
     def _refine(

@@ -5,11 +5,18 @@ import logging
 import time
 import weakref
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_train_loader
-from detectron2.engine import DefaultTrainer, SimpleTrainer, TrainerBase, create_ddp_model
+from detectron2.engine import (
+    DefaultTrainer,
+    HookBase,
+    SimpleTrainer,
+    TrainerBase,
+    create_ddp_model,
+)
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from torch import Tensor, nn
@@ -18,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..checkpoint import Checkpointer
 from ..data.split import make_split, split_digest, split_records, train_records, write_split
 from ..evaluation.build import build_evaluator
+from .roi_statistics import RoIStatisticsReport, counting_modules
 
 logger = logging.getLogger(__name__)
 
@@ -122,6 +130,15 @@ class Trainer(DefaultTrainer):
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
         self.register_hooks(self.build_hooks())
+
+    def build_hooks(self) -> list[HookBase]:
+        """Detectron2's, and reports on what RoI heads count."""
+        standard = super().build_hooks()
+        if sources := counting_modules(self._trainer.model):
+            path = Path(self.cfg.OUTPUT_DIR, "roi_statistics.json")
+            # Before the writers, which come last and write what it stores.
+            standard.insert(-1, RoIStatisticsReport(sources, path))
+        return standard
 
     def resume_or_load(self, resume: bool = True) -> None:
         """As Detectron2's; says from where the run goes on."""

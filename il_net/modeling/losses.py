@@ -17,6 +17,7 @@ _GROUPS = {
     "loss_rpn_cls": "RPN_CLS",
     "loss_rpn_loc": "RPN_LOC",
     "loss_cls": "CLS",
+    "loss_c2ssl": "CLS",
     "loss_box_reg": "BOX_REG",
     "loss_grid": "BOX_REG",
     "loss_box_iou": "IOU",

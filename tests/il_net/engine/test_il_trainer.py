@@ -165,7 +165,7 @@ def test_a_run_goes_on_with_its_own_split_only(tmp_path):
     tmp_path.joinpath("split.json").write_text("one")
     train(tmp_path, 1)
     tmp_path.joinpath("split.json").write_text("another")
-    with pytest.raises(ValueError, match=r"DATASETS\.TRAIN and DATASETS\.SPLIT, or start a new run"):
+    with pytest.raises(ValueError, match=r"restore DATASETS\.TRAIN and DATASETS\.SPLIT"):
         train(tmp_path, 2, resume=True)
     tmp_path.joinpath("split.json").write_text("one")
     assert train(tmp_path, 2, resume=True).start_iter == 1

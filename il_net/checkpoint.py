@@ -127,8 +127,10 @@ class Checkpointer(DetectionCheckpointer):
         Raises:
             ValueError: no path, or less than ``min_matched`` of the model's weights matched.
         """
-        if not path:
-            raise ValueError("MODEL.WEIGHTS is empty: name the weights to evaluate or predict with")
+        if path in ("", LITE0_WEIGHTS):
+            raise ValueError(
+                f"MODEL.WEIGHTS is {path!r}: name the trained weights to evaluate or predict with"
+            )
         self.load(path, checkpointables=[])
         if self.report.matched < min_matched * self.report.total:
             raise ValueError(f"{self._misfit(path)}, less than {min_matched:.0%}")

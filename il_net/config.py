@@ -5,6 +5,7 @@ import difflib
 import re
 from ast import literal_eval
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 import yaml
@@ -36,7 +37,7 @@ def add_il_net_config(cfg: CfgNode) -> None:
     cfg.DATASETS.SPLIT.PERCENT = 100.0
     cfg.DATASETS.SPLIT.SEED = 1
     # A split file instead of a draw: Unbiased Teacher's COCO_supervision.txt, or one written by
-    # tools/split_dataset.py; PERCENT and SEED choose the list in it.
+    # tools/split_coco.py; PERCENT and SEED choose the list in it.
     cfg.DATASETS.SPLIT.FILE = ""
     # Draw every class in proportion; draw so that a smaller percentage's images are in a larger's.
     cfg.DATASETS.SPLIT.STRATIFIED = False
@@ -162,7 +163,13 @@ def _read_yaml(config_file: str) -> dict:
     try:
         loaded = CfgNode.load_yaml_with_base(config_file)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"--config-file {config_file}: {error}") from error
+        missing = error.filename or str(error)
+        if Path(missing).resolve() == Path(config_file).resolve():
+            raise FileNotFoundError(f"--config-file: there is no file {config_file}") from error
+        raise FileNotFoundError(
+            f"--config-file {config_file}: there is no file {missing}, which a _BASE_ names. A "
+            "relative _BASE_ is looked for beside the file that has it"
+        ) from error
     except yaml.constructor.ConstructorError as error:
         raise ValueError(
             f"--config-file {config_file} has a YAML tag that can run code, which is not read "

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from il_net.config import load_config
@@ -111,7 +111,8 @@ def export(checkpoint: Path, model: str, output: Path) -> list[Path]:
     detector = read_detector(checkpoint, model)
     output.parent.mkdir(parents=True, exist_ok=True)
     torch.save({"model": detector}, output)
-    save_file(detector, written[1], metadata={"format": "pt"})
+    # Not save_file, which lets nobody else read the file.
+    written[1].write_bytes(save(detector, metadata={"format": "pt"}))
     if config.is_file():
         written[2].write_text(plain_config(config, output).dump())
     return written

@@ -149,7 +149,11 @@ def main() -> int:
             unreadable += 1
     writer.save()
     found = len(writer.annotations)
-    print(f"{found} detections in {len(writer.images)} pictures, {unreadable} inputs skipped")
+    drawn = sum(record["score"] >= args.min_score for record in writer.annotations)
+    print(
+        f"{found} detections in {len(writer.images)} pictures, {drawn} of them drawn (score "
+        f"{args.min_score:g} or more), {unreadable} inputs skipped"
+    )
     print(f"written to {args.output}")
     return 1 if unreadable else 0
 

@@ -129,6 +129,12 @@ class Trainer(DefaultTrainer):
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
+        if cfg.SOLVER.MAX_ITER <= cfg.SOLVER.WARMUP_ITERS:
+            logger.warning(
+                "SOLVER.MAX_ITER %d is not above SOLVER.WARMUP_ITERS %d: nearly nothing is learned",
+                cfg.SOLVER.MAX_ITER,
+                cfg.SOLVER.WARMUP_ITERS,
+            )
         self.register_hooks(self.build_hooks())
 
     def build_hooks(self) -> list[HookBase]:

@@ -113,7 +113,7 @@ def test_missing_base_is_named_with_the_file_that_asks_for_it(tmp_path):
     with pytest.raises(FileNotFoundError) as error:
         load_config(path, [])
     assert path in str(error.value)
-    assert "gone.yaml" in str(error.value)
+    assert "gone.yaml, which a _BASE_ names" in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,7 @@ EXTRAS = {
         "pytest>=8",
         "pytest-timeout",
         "pytest-xdist",
+        "hypothesis",
         "ruff",
         "efficientnet-lite-pytorch",  # the reference in the test of the weights' conversion
     ],

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, which people with any colour vision tell apart; black is for text.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
+DPI = 150
 _STYLE = {
     "font.size": 10,
     "axes.titlesize": 11,
@@ -19,7 +20,10 @@ _STYLE = {
     "axes.axisbelow": True,
     "grid.color": "#dddddd",
     "legend.frameon": False,
-    "savefig.dpi": 150,
+    "figure.dpi": DPI,
+    "savefig.dpi": DPI,
+    # Names of classes and files are shown as they are: a "$" starts no formula.
+    "text.parse_math": False,
 }
 
 
@@ -44,3 +48,9 @@ def figure(path: Path, width: float, height: float) -> Iterator[Figure]:
 def colours(names: Sequence[str]) -> dict[str, str]:
     """A colour for each name by its place in the list; from the ninth on they repeat."""
     return {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
+
+
+def shorten(text: str, length: int) -> str:
+    """The text on one line of at most `length` characters, the end replaced by an ellipsis."""
+    line = " ".join(text.split())
+    return line if len(line) <= length else line[: length - 1] + "…"

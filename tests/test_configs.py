@@ -38,6 +38,11 @@ def test_there_are_configurations():
         "quickstart/Base-small.yaml",
         "quickstart/demo.yaml",
         "quickstart/coffee_leaf.yaml",
+        "datasets/ldd_mask_rcnn.yaml",
+        "datasets/ldd_r3_cnn.yaml",
+        "datasets/asnd_supervised.yaml",
+        "datasets/asnd_unbiased_teacher.yaml",
+        "datasets/asnd_il_net.yaml",
     } <= names
     assert any(name.startswith("sbr_cnn/") for name in names)
 
@@ -88,6 +93,49 @@ def test_sbr_cnn_configurations_follow_the_1x_schedule():
         assert cfg.SOLVER.BASE_LR == 0.02, path.name
         epochs = [n / iterations_per_epoch for n in (*cfg.SOLVER.STEPS, cfg.SOLVER.MAX_ITER)]
         assert epochs == pytest.approx([8, 11, 12], abs=0.01), path.name
+
+
+def test_ldd_configurations_follow_the_recipe_of_section_2_5():
+    """12 epochs of 881 images, decays after 8 and 11; the learning rate is linear in the batch."""
+    for name in ("ldd_mask_rcnn", "ldd_r3_cnn"):
+        cfg = load(CONFIGS / "datasets" / f"{name}.yaml")
+        solver = cfg.SOLVER
+        batch = solver.IMS_PER_BATCH
+        epochs = [n * batch / 881 for n in (*solver.STEPS, solver.MAX_ITER)]
+        assert epochs == [8, 11, 12], name
+        assert solver.BASE_LR == 0.02 * batch / 16 == 0.00125, name
+        assert (solver.MOMENTUM, solver.WEIGHT_DECAY) == (0.9, 0.0001), name
+        assert (solver.WARMUP_ITERS, solver.WARMUP_FACTOR) == (500, 0.001), name
+        sizes = (*cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TEST)
+        assert (*sizes, cfg.INPUT.MAX_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TEST) == (800, 800, 1333, 1333)
+        rpn, heads = cfg.MODEL.RPN, cfg.MODEL.ROI_HEADS
+        assert (rpn.POST_NMS_TOPK_TRAIN, rpn.POST_NMS_TOPK_TEST) == (2000, 1000), name
+        assert (heads.BATCH_SIZE_PER_IMAGE, heads.POSITIVE_FRACTION) == (512, 0.25), name
+        assert (heads.SCORE_THRESH_TEST, heads.NMS_THRESH_TEST) == (0.001, 0.5), name
+        assert cfg.TEST.DETECTIONS_PER_IMAGE == 100, name
+
+
+@pytest.mark.parametrize(
+    ("name", "like", "different"),
+    [
+        # The Mask R-CNN of COCO does not test down to 0.001 nor train on 2000 proposals.
+        (
+            "ldd_mask_rcnn",
+            "sbr_cnn/mask_rcnn_r50_fpn_1x",
+            {"RPN.POST_NMS_TOPK_TRAIN", "ROI_HEADS.SCORE_THRESH_TEST"},
+        ),
+        ("ldd_r3_cnn", "sbr_cnn/r3_cnn_r50_fpn_1x", set()),
+        ("asnd_unbiased_teacher", "il_net/unbiased_teacher_r50_fpn_coco10", set()),
+        ("asnd_il_net", "il_net/il_net_r50_fpn_coco10", set()),
+        ("asnd_supervised", "il_net/unbiased_teacher_r50_fpn_coco10", {"META_ARCHITECTURE"}),
+    ],
+)
+def test_models_on_ldd_and_asnd_are_those_on_coco(name, like, different):
+    ours, theirs = load(CONFIGS / "datasets" / f"{name}.yaml"), load(CONFIGS / f"{like}.yaml")
+    values = dict(leaves(theirs.MODEL))
+    found = {key for key, value in leaves(ours.MODEL) if values[key] != value}
+    assert found == {"ROI_HEADS.NUM_CLASSES", *different}
+    assert ours.SEMISUP == theirs.SEMISUP
 
 
 def test_a_key_that_does_not_exist_fails(tmp_path):

@@ -33,6 +33,8 @@ HEADERS = (
     "iterations",
     "remarks",
 )
+# Of tables that print the AP of single classes, below the others.
+CLASS_HEADERS = ("row", "method", "of", "class", "AP, thesis", "AP", "tested on")
 # Keys in which a run may differ from its row and still be one of it: where and how it is computed.
 _FREE_KEYS = {
     "CUDNN_BENCHMARK",
@@ -96,14 +98,20 @@ def report(rows: dict[str, Row], selected: list[Row], folders: list[Path]) -> st
         by_setup.setdefault(find_row(rows, run.row).setup, []).append(run)
     counter, text = ParameterCounter(), []
     for table in dict.fromkeys(row.table for row in selected if not row.module):
-        lines = []
+        lines, of_classes = [], []
         members = [row for row in selected if row.table == table]
         for row in members:
             for run in by_setup.get(row.setup, [None]):
                 lines += run_lines(row, run, counter)
-        markdown = tabulate(lines, headers=HEADERS, tablefmt="github", disable_numparse=True)
-        text.append(f"### {members[0].heading}\n\n{markdown}\n")
+                of_classes += class_lines(row, run)
+        text.append(f"### {members[0].heading}\n\n{_markdown(lines, HEADERS)}\n")
+        if of_classes:
+            text.append(f"{_markdown(of_classes, CLASS_HEADERS)}\n")
     return "\n".join(text)
+
+
+def _markdown(lines: list[tuple[str, ...]], headers: tuple[str, ...]) -> str:
+    return tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True)
 
 
 def find_runs(folder: Path) -> list[Path]:
@@ -178,10 +186,30 @@ def run_lines(row: Row, run: Run | None, counter: ParameterCounter) -> list[tupl
     ]
 
 
-def _ap(result: dict, task: str, decimals: int) -> str:
-    if task not in result:
+def class_lines(row: Row, run: Run | None) -> list[tuple[str, ...]]:
+    """Lines for the classes whose AP the thesis prints, again one for each dataset."""
+    results = run.results if run is not None and run.results else {"": None}
+    return [
+        (
+            row.id,
+            row.title,
+            task,
+            name.removeprefix("AP-"),
+            f"{ap:.{row.decimals}f}",
+            "not tested" if result is None else _ap(result, metric, row.decimals, name),
+            dataset,
+        )
+        for task, metric in (("box", "bbox"), ("mask", "segm"))
+        for dataset, result in results.items()
+        for name, ap in row.thesis.get(task, {}).items()
+        if name.startswith("AP-")
+    ]
+
+
+def _ap(result: dict, task: str, decimals: int, name: str = "AP") -> str:
+    if name not in result.get(task, {}):
         return ""
-    ap = result[task]["AP"]  # null where nothing was detected
+    ap = result[task][name]  # null where nothing was detected
     return "none" if ap is None else f"{ap:.{decimals}f}"
 
 

@@ -175,9 +175,10 @@ def equals_printed(count: int, printed: str) -> bool:
 
 
 class ParameterCounter:
-    """Counts what trains in a row's model, with 80 classes; builds every model once.
+    """Counts what trains in a row's model; builds every model once.
 
-    Models are built without values, on the meta device.
+    Where the configuration takes the number of classes from the data, it is COCO's 80. Models are
+    built without values, on the meta device.
     """
 
     def __init__(self) -> None:
@@ -195,8 +196,9 @@ class ParameterCounter:
 
     def count(self, row: Row, keys: dict | None = None) -> int:
         """Trainable parameters of the row's model (or ``module``), with ``keys`` changed."""
-        options = ["MODEL.ROI_HEADS.NUM_CLASSES", "80", *as_options(keys or {})]
-        return count_trainable(self.build(row.resolve(options)).get_submodule(row.module))
+        cfg = row.resolve(as_options(keys or {}))
+        cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.ROI_HEADS.NUM_CLASSES or 80
+        return count_trainable(self.build(cfg).get_submodule(row.module))
 
     def check(self, row: Row) -> tuple[str, str, bool]:
         """Compare with the thesis: (count as text, verdict, whether all is explained)."""

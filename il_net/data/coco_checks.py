@@ -5,13 +5,14 @@ well-formed ones. Boxes are COCO's: (x, y, width, height) in pixels of the store
 """
 
 import os
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from .report import Findings
+from .report import Findings, Severity
 
 EDGE_TOLERANCE_PX = 1.0
 NUMBERS = frozenset((int, float))
@@ -34,12 +35,19 @@ def _repeated(values: Iterable[Any]) -> list[Any]:
     return [value for value, count in Counter(values).items() if count > 1]
 
 
-def _is_id(value: Any) -> bool:
+def is_id(value: Any) -> bool:
+    """Whether it can be the id of an image or an annotation."""
     return type(value) in (int, str)
 
 
-def _is_side(value: Any) -> bool:
+def is_side(value: Any) -> bool:
+    """Whether it can be the width or height of an image."""
     return type(value) in (int, float) and 0 < value < float("inf")
+
+
+def has_file_name(image: Any) -> bool:
+    """Whether it is an image record that names a file, whatever else is wrong with it."""
+    return isinstance(image, dict) and isinstance(image.get("file_name"), str)
 
 
 def check_categories(records: list[Any], findings: Findings) -> list[dict]:
@@ -63,10 +71,10 @@ def check_images(records: list[Any], findings: Findings) -> list[dict]:
     good, bad = _split_malformed(
         records,
         lambda i: (
-            _is_id(i.get("id"))
-            and isinstance(i.get("file_name"), str)
-            and _is_side(i.get("width"))
-            and _is_side(i.get("height"))
+            is_id(i.get("id"))
+            and has_file_name(i)
+            and is_side(i.get("width"))
+            and is_side(i.get("height"))
         ),
     )
     findings.add(
@@ -81,12 +89,12 @@ def check_images(records: list[Any], findings: Findings) -> list[dict]:
     return good
 
 
-def check_files(file_names: list[str], image_root: str, findings: Findings) -> None:
-    """That every image's file is in the folder."""
+def check_files(file_names: list[str], image_root: str, findings: Findings) -> list[str]:
+    """That every image's file is in the folder; returns the names of those that are."""
     if not os.path.isdir(image_root):
         findings.state(f"there is no image folder {image_root}")
-        return
-    leaving, missing = [], []
+        return []
+    present, leaving, missing = [], [], []
     listings: dict[str, set[str]] = {}
     for file_name in file_names:
         folder, base = os.path.split(os.path.normpath(file_name))
@@ -97,10 +105,10 @@ def check_files(file_names: list[str], image_root: str, findings: Findings) -> N
             # One listing per folder: a stat for every file takes minutes on network drives.
             path = os.path.join(image_root, folder)
             listings[folder] = set(os.listdir(path)) if os.path.isdir(path) else set()
-        if base not in listings[folder]:
-            missing.append(file_name)
+        (present if base in listings[folder] else missing).append(file_name)
     findings.add("file names that leave the image folder", leaving)
     findings.add(f"image files missing from {image_root}", missing)
+    return present
 
 
 def check_annotations(
@@ -110,7 +118,7 @@ def check_annotations(
     good, bad = _split_malformed(
         records,
         lambda a: (
-            _is_id(a.get("id")) and _is_id(a.get("image_id")) and type(a.get("category_id")) is int
+            is_id(a.get("id")) and is_id(a.get("image_id")) and type(a.get("category_id")) is int
         ),
     )
     findings.add(
@@ -121,12 +129,12 @@ def check_annotations(
         "annotation ids used twice",
         [str(i) for i in _repeated(a["id"] for a in good)],
         # COCO's own 2014 minival files have this fault; Detectron2 lets them pass by their name.
-        fatal=not repeated_ids_tolerated,
+        severity=Severity.WARNING if repeated_ids_tolerated else Severity.ERROR,
     )
     findings.add(
         "annotations with id 0",
         [name_annotation(a) for a in good if a["id"] == 0],
-        fatal=False,
+        severity=Severity.WARNING,
         consequence="pycocotools scores a detection matched to it as a false positive",
     )
     findings.add(
@@ -156,19 +164,49 @@ def check_references(
     )
 
 
-def check_boxes(annotations: list[dict], images: list[dict], findings: Findings) -> None:
-    """Boxes as numbers first, then against the size of their image; one problem per box."""
-    rows = [a for a in annotations if _is_box(a.get("bbox"))]
-    boxes = np.array([a["bbox"] for a in rows], dtype=np.float64).reshape(-1, 4)
-    finite = np.isfinite(boxes).all(axis=1)
-    bad = [a for a in annotations if not _is_box(a.get("bbox"))]
-    bad += [rows[i] for i in np.flatnonzero(~finite)]
-    findings.add("boxes that are not four finite numbers", [_name_box(a) for a in bad])
+@dataclass(frozen=True)
+class BoxFaults:
+    """What is wrong with boxes, at most one of these for each: (A,) bool, A annotations."""
 
-    sizes = {i["id"]: (i["width"], i["height"]) for i in images}
-    # A box whose image is unknown is already fatal: an endless image keeps it out of the rest.
+    malformed: np.ndarray
+    negative: np.ndarray
+    empty: np.ndarray
+    outside: np.ndarray
+    partly: np.ndarray
+
+    @property
+    def any(self) -> np.ndarray:
+        """(A,) bool: boxes with a fault."""
+        return self.malformed | self.negative | self.empty | self.outside | self.partly
+
+
+def image_sizes(images: Iterable[dict]) -> dict[int | str, tuple[float, float]]:
+    """(width, height) in pixels by image id."""
+    return {i["id"]: (i["width"], i["height"]) for i in images}
+
+
+def image_limits(
+    annotations: Sequence[dict], sizes: Mapping[int | str, tuple[float, float]]
+) -> np.ndarray:
+    """(A, 2): width and height of each annotation's image; endless where it is not in `sizes`."""
     endless = (np.inf, np.inf)
-    limits = np.array([sizes.get(a["image_id"], endless) for a in rows]).reshape(-1, 2)
+    return np.array([sizes.get(a["image_id"], endless) for a in annotations]).reshape(-1, 2)
+
+
+def find_box_faults(
+    annotations: Sequence[dict], sizes: Mapping[int | str, tuple[float, float]]
+) -> BoxFaults:
+    """Boxes as numbers first, then against the size of their image.
+
+    Args:
+        annotations: well-formed ones.
+        sizes: of `image_sizes`; boxes of other images cannot leave theirs.
+    """
+    missing = [np.nan] * 4
+    rows = [a["bbox"] if is_box(a.get("bbox")) else missing for a in annotations]
+    boxes = np.array(rows, dtype=np.float64).reshape(-1, 4)
+    limits = image_limits(annotations, sizes)
+    finite = np.isfinite(boxes).all(axis=1)
     corner, extent = boxes[:, :2], boxes[:, 2:]
     with np.errstate(invalid="ignore"):
         end = corner + extent
@@ -178,28 +216,75 @@ def check_boxes(annotations: list[dict], images: list[dict], findings: Findings)
         outside = sound & ((end <= 0) | (corner >= limits)).any(axis=1)
         over = np.maximum(-corner, end - limits).max(axis=1, initial=-np.inf)
         partly = sound & ~outside & (over > EDGE_TOLERANCE_PX)
+    return BoxFaults(~finite, negative, empty, outside, partly)
+
+
+def check_boxes(annotations: list[dict], images: list[dict], findings: Findings) -> None:
+    """`find_box_faults` in words; one problem per box."""
+    # A box whose image is unknown is already fatal: an endless image keeps it out of the rest.
+    faults = find_box_faults(annotations, image_sizes(images))
 
     def name(row: int) -> str:
-        return _name_box(rows[row])
+        return f"{name_annotation(annotations[row])} {annotations[row].get('bbox')}"
 
-    for kind, mask, consequence in (
-        ("boxes of negative size", negative, "Detectron2 would mirror them"),
-        ("boxes of zero size", empty, "training drops them"),
-        ("boxes wholly outside the image", outside, "training drops them"),
-        ("boxes partly outside the image", partly, "training clips them"),
-    ):
-        fatal = mask is negative
-        findings.add_rows(kind, np.flatnonzero(mask), name, fatal=fatal, consequence=consequence)
+    for kind, mask, severity, consequence in (
+        ("boxes that are not four finite numbers", faults.malformed, Severity.ERROR, ""),
+        (
+            "boxes of negative size", faults.negative, Severity.ERROR,
+            "Detectron2 would mirror them",
+        ),
+        ("boxes of zero size", faults.empty, Severity.WARNING, "training drops them"),
+        (
+            "boxes wholly outside the image", faults.outside, Severity.WARNING,
+            "training drops them",
+        ),
+        (
+            "boxes partly outside the image", faults.partly, Severity.WARNING,
+            "training clips them",
+        ),
+    ):  # fmt: skip
+        rows = np.flatnonzero(mask)
+        findings.add_rows(kind, rows, name, severity=severity, consequence=consequence)
 
 
-def _is_box(box: Any) -> bool:
+def is_box(box: Any) -> bool:
+    """Whether it is a list of four numbers, finite or not."""
     return isinstance(box, list) and len(box) == 4 and NUMBERS.issuperset(map(type, box))
+
+
+def same_file(file_name: str) -> str:
+    """One spelling for every name of a file: `a.jpg` for `./a.jpg`."""
+    return os.path.normpath(file_name)
+
+
+def repeated_annotations(annotations: Sequence[dict]) -> list[list[int]]:
+    """Positions of annotations with the same image, class and box, in groups of two and more."""
+    groups = defaultdict(list)
+    for row, a in enumerate(annotations):
+        if is_box(a.get("bbox")):
+            groups[(a["image_id"], a["category_id"], *a["bbox"])].append(row)
+    return [rows for rows in groups.values() if len(rows) > 1]
+
+
+def check_repeats(annotations: list[dict], images: list[dict], findings: Findings) -> None:
+    """That no file is listed twice and no object is there twice."""
+    findings.add(
+        "files listed as several images",
+        _repeated(same_file(i["file_name"]) for i in images),
+        severity=Severity.WARNING,
+        consequence="each entry lacks the objects of the others; a split may part them",
+    )
+    findings.add(
+        "annotations that repeat another one's image, class and box",
+        [
+            name_annotation(annotations[row])
+            for g in repeated_annotations(annotations)
+            for row in g[1:]
+        ],
+        severity=Severity.WARNING,
+    )
 
 
 def name_annotation(annotation: dict) -> str:
     """How a report names an annotation."""
     return f"annotation {annotation['id']} (image {annotation['image_id']})"
-
-
-def _name_box(annotation: dict) -> str:
-    return f"{name_annotation(annotation)} {annotation.get('bbox')}"

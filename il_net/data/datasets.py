@@ -15,6 +15,7 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from .builtin import BUILTIN, open_builtin, with_categories_of
 from .class_lists import ClassNames, check_equal, check_fits, model_classes
 from .sources import CocoSource, ImagesSource, Source, VocSource
 
@@ -44,6 +45,7 @@ def register_datasets(cfg: CfgNode) -> None:
     `classes` declares names and order, and must hold every class of the data; without it, they are
     the json's categories sorted by id, or the names in the xml files sorted by letter. Paths:
     see `sources.resolve_path`. An entry replaces one that an earlier call registered by that name.
+    Names of `builtin.BUILTIN` need no entry; one of type coco must have that dataset's categories.
 
     The longest class list in `DATASETS.TRAIN` is the model's. Other training and test sets must be
     subsequences of it, by name. A dataset of ours in TRAIN or TEST gets the model's list in its
@@ -61,6 +63,7 @@ def register_datasets(cfg: CfgNode) -> None:
         FileNotFoundError: a file or folder of an entry does not exist.
     """
     sources = _open_entries(cfg.DATASETS.REGISTER)
+    _open_builtin(cfg, sources)
     _check_names(cfg, sources)
     train = _class_lists(cfg.DATASETS.TRAIN, sources)
     test = _class_lists(cfg.DATASETS.TEST, sources)
@@ -91,8 +94,20 @@ def _open_entries(entries: Any) -> dict[str, Source]:
                 f"{key}.name: '{name}' is already registered by Detectron2 or other code; choose "
                 "another name"
             )
-        sources[name] = opener(key, **fields)
+        source = opener(key, **fields)
+        if name in BUILTIN and isinstance(source, CocoSource):
+            source = with_categories_of(name, source)
+        sources[name] = source
     return sources
+
+
+def _open_builtin(cfg: CfgNode, sources: dict[str, Source]) -> None:
+    """Add the datasets of `builtin.py` that the run names, where nothing else has the name."""
+    for key in ("TRAIN", "TEST", "UNLABELED"):
+        for name in cfg.DATASETS[key]:
+            taken = name in sources or (name in DatasetCatalog and not _is_ours(name))
+            if name in BUILTIN and not taken:
+                sources[name] = open_builtin(name, f"DATASETS.{key}")
 
 
 def _check_entry(key: str, entry: Any) -> dict[str, Any]:
@@ -143,7 +158,7 @@ def _check_classes(key: str, value: Any) -> ClassNames:
 
 def _check_names(cfg: CfgNode, sources: dict[str, Source]) -> None:
     """Every dataset of the run is registered, and those to train and test on have labels."""
-    known = [*sources, *DatasetCatalog.list()]
+    known = [*sources, *DatasetCatalog.list(), *BUILTIN]
     for key in ("TRAIN", "TEST", "UNLABELED"):
         for name in cfg.DATASETS[key]:
             if name not in known:

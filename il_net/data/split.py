@@ -9,8 +9,7 @@ import hashlib
 import json
 import logging
 import os
-from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from math import floor
@@ -24,6 +23,7 @@ from detectron2.utils import comm
 
 from .sources import find_path
 from .split_file import ImageId, read_labeled, split_document
+from .stratify import order_by_hash, stratify
 
 logger = logging.getLogger(__name__)
 
@@ -79,53 +79,12 @@ def draw_labeled(
     count = count_labeled(percent, len(ids))
     # Nested draws are prefixes of one order; others have an order for every percentage.
     salt = str(seed) if nested else f"{seed}/{float(percent)}"
-    order = sorted(ids, key=lambda i: hashlib.sha256(f"{salt}/{i}".encode()).digest())
+    order = order_by_hash(ids, salt)
     if classes is not None and nested:
         order = _stratified_order(order, classes)
     elif classes is not None:
         order = stratify(order, count, classes)
     return tuple(sorted(order[:count]))
-
-
-def stratify(
-    order: Sequence[ImageId], count: int, classes: Mapping[ImageId, Collection[int]]
-) -> list[ImageId]:
-    """`count` ids with every class in proportion to the images that show it.
-
-    Iterative stratification (Sechidis et al. 2011) into two parts of fixed sizes: the rarest class
-    that is left hands out its images in turn, each to the part that lacks more of the class. Every
-    class gets an image, as long as there are places.
-
-    Args:
-        order: all ids; the earlier is asked first.
-        count: places, at most len(order).
-        classes: the classes in each image; none is fine.
-    """
-    members = defaultdict(list)
-    for image_id in order:
-        for name in set(classes[image_id]):
-            members[name].append(image_id)
-    share = count / max(1, len(order))
-    wanted = {name: max(1.0, share * len(images)) for name, images in members.items()}
-    spare = {name: len(images) - wanted[name] for name, images in members.items()}
-    left = {name: len(images) for name, images in members.items()}
-    places, others = count, len(order) - count
-    taken: dict[ImageId, bool] = {}
-    while left:
-        rarest = min(left, key=lambda name: (left[name], name))
-        for image_id in members[rarest]:
-            if image_id in taken:
-                continue
-            lacks = (wanted[rarest] - spare[rarest], places - others)
-            take = taken[image_id] = places > 0 and (others == 0 or lacks > (0, 0))
-            places, others = places - take, others - (not take)
-            for name in set(classes[image_id]):
-                (wanted if take else spare)[name] -= 1
-                if name in left:
-                    left[name] -= 1
-        del left[rarest]
-    chosen = [image_id for image_id in order if taken.get(image_id)]
-    return chosen + [image_id for image_id in order if image_id not in taken][:places]
 
 
 def _stratified_order(

@@ -93,7 +93,7 @@ def _find_list(path: str, table: Any, percent: float, seed: int) -> list:
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(
             f"{_KEY}: {path} must be a JSON object, percent -> seed -> list: the published "
-            "COCO_supervision.txt or a file of tools/split_dataset.py"
+            "COCO_supervision.txt or a file of tools/split_coco.py"
         ) from error
     if found is None:
         raise ValueError(
@@ -117,7 +117,7 @@ def _check_document(path: str, data: dict[str, Any], ids: Sequence[ImageId]) -> 
             f"{_KEY}: {path} was made for other images: '{data['dataset']}' with {data['total']} "
             f"images, while DATASETS.TRAIN has {len(ids)} or other ids. "
             "Images without annotations count with DATALOADER.FILTER_EMPTY_ANNOTATIONS False only. "
-            "Make a file for this dataset with tools/split_dataset.py"
+            "Make a file for this dataset with tools/split_coco.py"
         )
 
 
@@ -130,5 +130,5 @@ def _check_positions(path: str, positions: list, total: int, percent: float, cou
             f"DATASETS.TRAIN are {count}, the list has {len(positions)}, the largest position is "
             f"{max(positions)}. It counts images sorted by id without empty ones (COCO train2017: "
             "117266; keep DATALOADER.FILTER_EMPTY_ANNOTATIONS True). "
-            "Make a file for this dataset with tools/split_dataset.py"
+            "Make a file for this dataset with tools/split_coco.py"
         )

@@ -6,7 +6,8 @@ Boxes are COCO's: (x, y, width, height) in pixels of the stored image, from its 
 
 import logging
 import os
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from .coco_checks import (
     NUMBERS,
@@ -16,6 +17,7 @@ from .coco_checks import (
     check_files,
     check_images,
     check_references,
+    has_file_name,
     name_annotation,
 )
 from .coco_file import LISTS, read_coco_json
@@ -42,8 +44,8 @@ def validate_coco(
     image files, file names that leave `image_root`, repeated image, annotation or category ids,
     repeated category names, unknown image or category ids, boxes that are not four finite numbers,
     boxes of negative size (Detectron2 mirrors them into real boxes), `ignore` flags,
-    annotations without an `area` (`scored` only: pycocotools stops there, after the training),
-    objects without `segmentation` (`masks` only).
+    annotations without `area` or `iscrowd` (`scored` only: pycocotools stops there, after the
+    training), objects without `segmentation` (`masks` only).
 
     Warnings, because Detectron2 handles them: boxes of zero size and boxes wholly outside the
     image (dropped), boxes that leave the image by more than 1 px (clipped), annotations
@@ -69,27 +71,61 @@ def validate_coco(
     except ValueError as e:
         findings.state(str(e))
         return Report(json_file, image_root, problems=tuple(findings.problems))
+    records = check_records(
+        data, json_file, image_root, findings, labeled=labeled, scored=scored, masks=masks
+    )
+    return make_report(json_file, image_root, records, findings)
+
+
+@dataclass(frozen=True)
+class Records:
+    """The well-formed records of a COCO file; `files`: those of its images that are there."""
+
+    categories: list[dict]
+    images: list[dict]
+    annotations: list[dict]
+    files: list[str]
+
+
+def check_records(
+    data: dict[str, Any],
+    json_file: str,
+    image_root: str,
+    findings: Findings,
+    *,
+    labeled: bool,
+    scored: bool,
+    masks: bool,
+) -> Records | None:
+    """The checks of `validate_coco` for what a file holds; None if one of its lists is missing."""
     if not labeled:
         data.setdefault("annotations", [])
     images_only = not (labeled or scored or data["annotations"])
     if images_only:
         data["categories"] = []
+    missing = False
     for key in LISTS:
+        if isinstance(data.get(key), list):
+            continue
+        missing = True
         if key not in data:
             findings.state(f"'{key}' is missing")
-        elif not isinstance(data[key], list):
+        else:
             findings.state(f"'{key}' is of type {type(data[key]).__name__}, expected a list")
-    if findings.problems:
-        return Report(json_file, image_root, problems=tuple(findings.problems))
+    if missing:
+        return None
 
     categories = [] if images_only else check_categories(data["categories"], findings)
     images = check_images(data["images"], findings)
-    check_files([i["file_name"] for i in images], image_root, findings)
+    named = [i["file_name"] for i in data["images"] if has_file_name(i)]
+    files = check_files(named, image_root, findings)
     annotations = check_annotations(data["annotations"], findings, "minival" in json_file)
     if scored:
         kind = "annotations without a number 'area', which COCO's metrics need"
         bad = [name_annotation(a) for a in annotations if type(a.get("area")) not in NUMBERS]
         findings.add(kind, bad)
+        kind = "annotations without 'iscrowd', which COCO's metrics need"
+        findings.add(kind, [name_annotation(a) for a in annotations if "iscrowd" not in a])
     if masks:
         kind = "objects without 'segmentation', which MODEL.MASK_ON needs"
         findings.add(kind, [name_annotation(a) for a in annotations if not a.get("segmentation")])
@@ -99,16 +135,26 @@ def validate_coco(
     if labeled and len(annotations) == num_crowd:
         # Detectron2 removes training images that have nothing but crowd annotations.
         findings.state(f"no annotations to train on ({num_crowd} crowd annotations do not count)")
-    with_annotations = {a["image_id"] for a in annotations}
+    return Records(categories, images, annotations, files)
+
+
+def make_report(
+    json_file: str, image_root: str, records: Records | None, findings: Findings
+) -> Report:
+    """Count the records; `findings` are taken as they stand."""
+    problems = tuple(findings.problems)
+    if records is None:
+        return Report(json_file, image_root, problems=problems)
+    with_annotations = {a["image_id"] for a in records.annotations}
     return Report(
         json_file=json_file,
         image_root=image_root,
-        num_images=len(images),
-        num_annotations=len(annotations),
-        num_categories=len(categories),
-        num_crowd=num_crowd,
-        num_images_without_annotations=sum(i["id"] not in with_annotations for i in images),
-        problems=tuple(findings.problems),
+        num_images=len(records.images),
+        num_annotations=len(records.annotations),
+        num_categories=len(records.categories),
+        num_crowd=sum(1 for a in records.annotations if a.get("iscrowd", 0)),
+        num_images_without_annotations=sum(i["id"] not in with_annotations for i in records.images),
+        problems=problems,
     )
 
 

@@ -117,7 +117,10 @@ def test_show_of_another_projects_model_has_no_configuration(call):
     [
         (("show", "2.15/50"), r"no row '2\.15/50'.*near: .*2\.15/5"),
         (("run", "2.15-5"), r"no row '2\.15-5'.*named as 2\.15/5.*near: .*2\.15/5"),
-        (("list", "--table", "2.26"), r"no table '2\.26'; there are 2\.1, .*2\.25, fig2\.16b"),
+        (
+            ("list", "--table", "2.26"),
+            r"no table '2\.26'; there are 2\.1, .*2\.25, fig2\.16b, 2\.28",
+        ),
         (("params", "--table", "2"), r"no table '2'"),
         (("run", "2.20/2"), r"2\.20/2, CondInst, is another project's model"),
         (("run", "2.10/1"), r"2\.10/1 is one layer, .*fc1; `params`"),
@@ -330,7 +333,8 @@ def test_a_whole_run_stands_beside_the_thesis(call, make_run):
 def test_without_runs_everything_is_not_run(call):
     _, out = call("report")
     lines = read_markdown(out)
-    assert len(lines) == 137 - 8 + 26  # Table 2.10 has nothing to reproduce
+    # Table 2.10 has nothing to reproduce. Sections 2.1 to 2.3, 2.4, 2.5, and 2.6.
+    assert len(lines) == 137 - 8 + 26 + 6 + 7
     assert lines["2.20/2"][0]["box AP"] == "another project's model"
     others = [line[0]["box AP"] for row, line in lines.items() if row != "2.20/2"]
     assert set(others) == {"not run"}
@@ -408,6 +412,59 @@ def test_every_test_set_has_its_line(call, make_run):
     assert (first["tested on"], second["tested on"]) == ("coco_2017_val", "other_val")
     assert (first["box AP"], second["box AP"]) == ("40.9", "1.2")
     assert "DATASETS.TEST" in first["remarks"]
+
+
+# ---- single classes ----
+
+
+def read_class_lines(text: str) -> dict[tuple[str, str], tuple[str, ...]]:
+    """{(row, class): (thesis, here, tested on)} of the report's tables by class."""
+    found = {}
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == 7 and "/" in cells[0]:
+            row, _, _, name, *figures = cells
+            found[row, name] = tuple(figures)
+    return found
+
+
+def test_classes_stand_beside_the_thesis(call, make_run):
+    box = {"AP": 20.04, "AP-black_rot_foglia": 44.0, "AP-botrite_foglia": None}
+    results = {"ldd_val": {"bbox": box, "segm": {"AP": 19.0, "AP-black_rot_foglia": 1.0}}}
+    # Trained as a row of Table 2.28, with LDD's ten classes.
+    make_run("r", "2.28/1", iterations=10_572, results=results)
+    code, out = call("report", "--table", "2.29", "r")
+    assert code == 0
+    lines = read_class_lines(out)
+    assert len(lines) == 2 * 10
+    assert lines["2.29/1", "black_rot_foglia"] == ("45.8", "44.0", "ldd_val")
+    assert lines["2.29/1", "botrite_foglia"] == ("41.7", "none", "ldd_val")  # no truth there
+    assert lines["2.29/1", "foglia_vite"] == ("51.3", "", "ldd_val")
+    assert lines["2.29/2", "peronospora_grappolo"] == ("1.4", "not tested", "")
+    _, out = call("report", "--table", "2.30", "r")
+    assert read_class_lines(out)["2.30/1", "black_rot_foglia"] == ("48.6", "1.0", "ldd_val")
+
+
+def test_tables_without_classes_have_no_such_lines(call):
+    for table in ("2.28", "2.20", "fig2.32a"):
+        _, out = call("report", "--table", table)
+        assert read_class_lines(out) == {}
+        assert out.count("| row ") == 1
+
+
+def test_run_of_a_row_on_ldd(call, launched):
+    call("run", "2.30/2")
+    _, cfg = understood(launched[0])
+    assert cfg.DATASETS.TRAIN == ("ldd_train",)
+    assert (cfg.MODEL.ROI_HEADS.NUM_CLASSES, cfg.SOLVER.MAX_ITER) == (10, 12 * 881)
+    assert cfg.OUTPUT_DIR == "output/thesis/2.30-2"
+
+
+def test_run_of_a_percentage_of_asnd(call, launched):
+    call("run", "fig2.32a/4")
+    _, cfg = understood(launched[0])
+    assert (cfg.DATASETS.TRAIN, cfg.DATASETS.SPLIT.PERCENT) == (("asnd_train",), 20.0)
+    assert cfg.MODEL.META_ARCHITECTURE == "TeacherStudentRCNN"
 
 
 # ---- semi-supervised rows ----

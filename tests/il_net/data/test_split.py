@@ -239,7 +239,7 @@ def test_own_file_by_image_id(tmp_path):
         with pytest.raises(ValueError, match="made for other images: 'mine' with 4") as e:
             read_labeled(path, other, 50.0, 1, 2)
         assert e.match(r"DATASETS\.SPLIT\.FILE")
-        assert e.match("tools/split_dataset.py")
+        assert e.match("tools/split_coco.py")
 
 
 @pytest.mark.parametrize(

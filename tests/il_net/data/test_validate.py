@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from il_net.data.report import Findings, Report, Severity
 from il_net.data.validate import validate_coco, validate_datasets
 
 REPO = Path(__file__).parents[3]
@@ -200,6 +201,19 @@ def test_first_five_of_many_are_named(tmp_path):
     assert text.endswith("...")
 
 
+def test_the_worst_comes_first():
+    findings = Findings()
+    for severity in (Severity.NOTE, Severity.ERROR, Severity.WARNING):
+        findings.add("things", ["a"], severity=severity)
+    report = Report("data.json", "pictures", problems=tuple(findings.problems))
+    assert [line.split(":")[0].strip() for line in report.summary().splitlines()[1:]] == [
+        "error",
+        "warning",
+        "note",
+    ]
+    assert len(report.fatal) == len(report.warnings) == 1
+
+
 def test_missing_image_folder_is_fatal(tmp_path):
     json_file = tmp_path / "data.json"
     json_file.write_text(json.dumps(good_coco()))
@@ -237,7 +251,7 @@ def test_masks_need_segmentation(tmp_path):
     assert validate_coco(*files, labeled=True).problems == ()
 
 
-def test_scored_file_needs_areas(tmp_path):
+def test_scored_file_needs_areas_and_iscrowd(tmp_path):
     data = good_coco()
     check(tmp_path, data)
     files = str(tmp_path / "data.json"), str(tmp_path / "pictures")
@@ -245,8 +259,10 @@ def test_scored_file_needs_areas(tmp_path):
     report = validate_coco(*files, labeled=True, scored=True)
     assert str(report.fatal[0]).startswith("error: 3 annotations without a number 'area'")
     assert "annotation 12 (image 1)" in report.summary()
+    assert str(report.fatal[1]).startswith("error: 2 annotations without 'iscrowd'")
     for annotation in data["annotations"]:
         annotation["area"] = 25
+        annotation.setdefault("iscrowd", 0)
     check(tmp_path, data)
     assert validate_coco(*files, labeled=False, scored=True).problems == ()
 

@@ -1,0 +1,1 @@
+"""From the labelling tool Label Studio to COCO."""

@@ -6,6 +6,7 @@ Options are Detectron2's (--help lists them); also runs under torchrun.
 
 import argparse
 import logging
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from il_net.engine.il_trainer import trainer_class  # noqa: E402
 from il_net.engine.launch import choose_url, launch  # noqa: E402
 from il_net.errors import plain_errors  # noqa: E402
 from sbr_cnn import add_sbr_cnn_config  # noqa: E402
+from sbr_cnn.c2ssl import resolve_groups  # noqa: E402
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
@@ -44,7 +46,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
             "MODEL.DEVICE cpu with several processes: set CUDA_VISIBLE_DEVICES= to nothing as well"
         )
     register_datasets(cfg)
-    resolve_groups(cfg)
+    resolve_groups(cfg, partial(infer_train_groups, cfg))
     if comm.get_local_rank() == 0:
         validate_datasets(cfg)
     cfg.freeze()
@@ -58,15 +60,10 @@ def setup(args: argparse.Namespace) -> CfgNode:
     return cfg
 
 
-def resolve_groups(cfg: CfgNode) -> None:
-    """Replace ``MODEL.C2SSL.GROUPS: "auto"`` by what the training set shows."""
-    node = cfg.MODEL.C2SSL
-    if node.ENABLED and node.GROUPS == "auto":
-        records = chain.from_iterable(map(DatasetCatalog.get, cfg.DATASETS.TRAIN))
-        try:
-            node.GROUPS = infer_groups(records, cfg.DATASETS.CLASSES, node.AUTO_SHARE)
-        except ValueError as error:
-            raise ValueError(f"MODEL.C2SSL.GROUPS auto, AUTO_SHARE: {error}") from error
+def infer_train_groups(cfg: CfgNode, share: float) -> list[dict]:
+    """Which classes of the training set contain which; see ``infer_groups``."""
+    records = chain.from_iterable(map(DatasetCatalog.get, cfg.DATASETS.TRAIN))
+    return infer_groups(records, cfg.DATASETS.CLASSES, share)
 
 
 def main(args: argparse.Namespace) -> dict | None:

@@ -8,7 +8,7 @@ box that lies inside the container's (the published code).
 Shape shorthand: R RoIs of all images, P boxes and G objects of one image, K classes, D features.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -267,6 +267,21 @@ class ContainmentHead(nn.Module):
             all_reduce(counts)  # the same weights in all processes
         self.counts += counts
         return balanced_weights(self.counts)
+
+
+def resolve_groups(cfg: CfgNode, infer: Callable[[float], list[dict]]) -> None:
+    """Replace ``MODEL.C2SSL.GROUPS: "auto"`` by what the data show.
+
+    Args:
+        cfg: changed in place.
+        infer: gives the groups for ``MODEL.C2SSL.AUTO_SHARE``; ValueError without any.
+    """
+    node = cfg.MODEL.C2SSL
+    if node.ENABLED and node.GROUPS == "auto":
+        try:
+            node.GROUPS = infer(node.AUTO_SHARE)
+        except ValueError as error:
+            raise ValueError(f"MODEL.C2SSL.GROUPS auto: {error} (AUTO_SHARE)") from error
 
 
 def build_containment_head(cfg: CfgNode, in_features: int) -> ContainmentHead | None:

@@ -14,6 +14,8 @@ from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import nn
 
+from il_net.data.builtin import LDD
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 from thesis_tables import Row, read_rows
 
@@ -71,14 +73,14 @@ def test_the_representative_rows_are_rows_of_their_own():
     assert {p.id for p in distinct_rows(semi=True) if not p.marks} == REPRESENTATIVE_SEMI
 
 
-def target() -> Instances:
+def target(classes: tuple[int, ...] = (0, 1, 2)) -> Instances:
     boxes = torch.tensor([[8.0, 8, 60, 56], [50, 40, 150, 120], [90, 4, 130, 40]])
     y, x = torch.meshgrid(torch.arange(SIZE[0]), torch.arange(SIZE[1]), indexing="ij")
     center, radius = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]) / 2
     dx = (x + 0.5 - center[:, :1, None]) / radius[:, :1, None]
     dy = (y + 0.5 - center[:, 1:, None]) / radius[:, 1:, None]
     masks = BitMasks(dx**2 + dy**2 <= 1)
-    fields = {"gt_boxes": Boxes(boxes), "gt_classes": torch.tensor([0, 1, 2]), "gt_masks": masks}
+    fields = {"gt_boxes": Boxes(boxes), "gt_classes": torch.tensor(classes), "gt_masks": masks}
     return Instances(SIZE, **fields)
 
 
@@ -86,13 +88,18 @@ def target() -> Instances:
 def test_row_trains_and_predicts(row):
     torch.manual_seed(0)
     cfg = row.resolve([str(o) for o in TINY])
+    objects = target()
+    if cfg.MODEL.C2SSL.ENABLED:  # a leaf with a disease, and another disease
+        cfg.DATASETS.CLASSES = [category.name for category in LDD.categories]
+        cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(cfg.DATASETS.CLASSES)
+        objects = target((4, 0, 1))
     model = build_model(cfg).train()
     for name, parameter in model.named_parameters():
         if name.endswith(ZERO_AT_START):
             nn.init.constant_(parameter, 0.1)
     image = torch.randint(256, (3, *SIZE), dtype=torch.uint8)
     with EventStorage():
-        losses = model([{"image": image, "instances": target()}] * 2)
+        losses = model([{"image": image, "instances": objects}] * 2)
     assert all(torch.isfinite(loss) for loss in losses.values()), losses
     sum(losses.values()).backward()
     # The convolution of fed-back features sees zeros only in heads that run first (methods 5.4).

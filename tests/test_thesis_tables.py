@@ -1,6 +1,6 @@
 """configs/thesis_tables.yaml: complete, consistent, and every row's parameters as printed.
 
-Expected values are the thesis' own columns and sentences (tables 2.1 to 2.30), or arithmetic.
+Expected values are the thesis' own columns and sentences (tables 2.1 to 2.35), or arithmetic.
 """
 
 import importlib
@@ -20,10 +20,12 @@ TABLES = {
     **{"2.10": 8, "2.11": 5, "2.12": 5, "2.13": 6, "2.14": 8, "2.15": 12, "2.16": 12},
     **{"2.17": 7, "2.18": 7, "2.19": 2, "2.20": 10},
     **{"2.21": 4, "2.22": 3, "2.23": 6, "2.24": 5, "2.25": 6, "fig2.16b": 2},
-    **{"2.28": 2, "2.29": 2, "2.30": 2, "fig2.32a": 5, "fig2.32b": 2},
+    **{"2.28": 2, "2.29": 2, "2.30": 2, "2.34": 6, "2.35": 7, "fig2.32a": 5, "fig2.32b": 2},
 }
 IL_NET = ("2.21", "2.22", "2.23", "2.24", "2.25", "fig2.16b")
-LDD, ASND = ("2.28", "2.29", "2.30"), ("fig2.32a", "fig2.32b")
+LDD, ASND = ("2.28", "2.29", "2.30", "2.34", "2.35"), ("fig2.32a", "fig2.32b")
+# Means of three runs; Table 2.28 prints single ones of the same setups.
+C2SSL = ("2.34", "2.35")
 # Sections 2.1 to 2.3.
 COCO = [table for table in TABLES if table not in (*IL_NET, *LDD, *ASND)]
 ALL_AP = ["AP", "AP50", "AP75", "APs", "APm", "APl"]
@@ -136,7 +138,7 @@ def test_every_printed_column_is_there(rows):
             of_classes = ["AP", *(f"AP-{name}" for name in CLASSES)]
             both = (of_classes, []) if row.table == "2.29" else ([], of_classes)
             assert (box, mask, rest) == (*both, set()), row.id
-        elif row.table in ("2.9", "2.20", "2.28"):
+        elif row.table in ("2.9", "2.20", "2.28", *C2SSL):
             assert (box, mask, rest) == (ALL_AP, ALL_AP, set()), row.id
         elif row.table in ("2.1", "2.2", "2.3", "2.4", "2.5", "2.17", "2.18", "2.19", *IL_NET):
             both = row.id in ("2.5/5", "2.5/6", "2.5/7", "2.5/8")
@@ -155,7 +157,9 @@ def test_figures_are_possible(rows):
             assert all(least < value < 70 for value in ap.values()), row.id
             if len(ap) == len(ALL_AP):
                 assert ap["APs"] < ap["APm"] < ap["APl"], row.id
-                assert ap["AP"] < ap["AP75"] < ap["AP50"], row.id
+                assert ap["AP75"] < ap["AP50"], row.id
+                # One box AP is printed above its AP75 (23.02 and 22.88).
+                assert ap["AP"] < ap["AP75"] or (row.id, task) == ("2.35/1", "box"), row.id
 
 
 @pytest.mark.parametrize("row_id", ["2.29/1", "2.29/2", "2.30/1", "2.30/2"])
@@ -172,7 +176,7 @@ def test_one_setup_has_one_result(rows):
     for row in rows.values():
         for task in ("box", "mask"):
             for name, value in row.thesis.get(task, {}).items():
-                values[row.setup, task, name].add(value)
+                values[row.setup, row.table in C2SSL, task, name].add(value)
     assert [key for key, found in values.items() if len(found) > 1] == []
 
 
@@ -186,6 +190,7 @@ def test_one_setup_has_one_result(rows):
         *(("2.25/1", "2.22/1"), ("2.25/2", "2.21/2"), ("2.25/6", "2.24/2")),
         *(("2.23/4", "2.22/2"), ("2.24/3", "2.22/2"), ("fig2.16b/1", "2.22/2")),
         *(("2.29/1", "2.28/1"), ("2.29/2", "2.28/2"), ("2.30/1", "2.28/1"), ("2.30/2", "2.28/2")),
+        *(("2.34/1", "2.28/1"), ("2.34/2", "2.28/2"), ("2.35/2", "2.34/6")),
         *(("fig2.32b/1", "fig2.32a/1"), ("fig2.32b/2", "fig2.32a/5")),
     ],
 )
@@ -414,10 +419,10 @@ def test_il_net_columns(semi_configs, table):
 
 def test_ldd_is_tested_as_the_text_says(rows):
     """Section 2.5.4; the recipe itself is in tests/test_configs.py. BatchNorm is MMDetection's."""
-    for row in (rows[f"{table}/{n}"] for table in LDD for n in (1, 2)):
+    for row in (rows[f"{table}/{n}"] for table in LDD for n in range(1, TABLES[table] + 1)):
         cfg = row.resolve([])
         assert (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST) == (("ldd_train",), ("ldd_val",)), row.id
-        heads = {"Mask R-CNN": "ExtractorROIHeads", "R3-CNN": "LoopROIHeads"}[row.title]
+        heads = "ExtractorROIHeads" if row.title == "Mask R-CNN" else "LoopROIHeads"
         assert heads == cfg.MODEL.ROI_HEADS.NAME, row.id
         norm, decay = cfg.MODEL.RESNETS.NORM, cfg.SOLVER.WEIGHT_DECAY_NORM
         assert (norm, decay) == ("FrozenStatsBN", 1e-4), row.id
@@ -442,9 +447,29 @@ def test_asnd_rows_are_the_curves(rows):
         assert not cfg.MODEL.MASK_ON, row_id
 
 
+def test_c2ssl_rows_are_as_the_text_says(rows):
+    """Section 2.7.4: what is on, its mode, its loss (WCE is gamma 0) and its threshold."""
+    nodes = {row.id: row.resolve([]).MODEL.C2SSL for row in rows.values() if row.table in C2SSL}
+    assert [i for i, node in nodes.items() if not node.ENABLED] == ["2.34/1", "2.34/2"]
+    modes = [nodes[f"2.34/{n}"].MODE for n in (3, 4, 5, 6)]
+    assert modes == ["container", "content", "both", "both"]
+    assert [i for i, node in nodes.items() if node.GAMMA == 0] == ["2.34/5"]
+    thresholds = [nodes[f"2.35/{n}"].THRESHOLD for n in range(1, 8)]
+    assert thresholds == [0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95]
+    for node in (nodes["2.34/6"], *(nodes[f"2.35/{n}"] for n in range(1, 8))):
+        assert tuple(node.CLASS_WEIGHTS) == (0.33, 0.29, 0.33, 0.05)
+        parts = [{name.split("_")[-1] for name in group["contents"]} for group in node.GROUPS]
+        assert parts == [{"foglia"}, {"grappolo"}]  # diseases of the container's own plant part
+        contained = {name for group in node.GROUPS for name in group["contents"]}
+        containers = {name for group in node.GROUPS for name in group["containers"]}
+        assert contained | containers == set(CLASSES)
+
+
 @pytest.mark.parametrize(
     ("row", "words"),
     [
+        ("2.34/3", ["own kind", "1.5", "three runs"]),
+        ("2.35/1", ["row 5", "row 6"]),
         ("2.28/1", ["2 images at a learning rate of 0.00125", "1,092", "17,706", "20.73"]),
         ("fig2.32a/2", ["2855 Pants", "1855", "Du", "without a seed", "No recipe", "curve"]),
     ],
@@ -529,6 +554,9 @@ def test_counts_on_ldd_and_asnd_are_of_their_classes(rows, counter):
     expected = {
         "2.28/1": 44_170_992 - 70 * (score + box + mask),
         "2.28/2": 43_912_884 - 70 * (score + mask),  # boxes for all classes together
+        # One linear layer of four outputs, or of one (datasets-and-c2ssl 4.1).
+        "2.34/6": 43_912_884 - 70 * (score + mask) + 4 * score,
+        "2.34/3": 43_912_884 - 70 * (score + mask) + score,
         "fig2.32a/1": 41_527_712 - 50_176 - 71 * (score + box),
         "fig2.32a/3": 41_527_712 - 50_176 - 71 * (score + box),
     }

@@ -53,7 +53,17 @@ def write_coco(json_file: str | Path, data: dict[str, Any]) -> None:
     """
     path = Path(json_file)
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(data, ensure_ascii=False, allow_nan=False)
+    encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text + "\n", encoding="utf-8")
+    with partial.open("w", encoding="utf-8") as file:
+        for number, (key, value) in enumerate(data.items()):
+            file.write(f"{', ' if number else '{'}{encode(key)}: ")
+            if isinstance(value, list):  # record by record: the text of all takes gigabytes
+                file.write("[")
+                for position, record in enumerate(value):
+                    file.write((", " if position else "") + encode(record))
+                file.write("]")
+            else:
+                file.write(encode(value))
+        file.write("}\n" if data else "{}\n")
     partial.replace(path)

@@ -9,7 +9,7 @@ import torch
 from detectron2.modeling import build_roi_heads
 from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 
-from sbr_cnn.c2ssl import ContainmentHead, balanced_weights, relate
+from sbr_cnn.c2ssl import ContainmentHead, balanced_weights, relate, resolve_groups
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 LEAF, RUST, GRAPE, MOULD, SOIL, NOTHING = range(6)
@@ -243,6 +243,23 @@ def test_a_sure_answer_has_a_finite_gradient():
 
 
 # ---- groups ----
+
+
+def test_groups_are_inferred_where_asked_for(make_config):
+    asked = []
+
+    def infer(share: float) -> list[dict]:
+        asked.append(share)
+        return GROUPS
+
+    for groups, enabled in ((None, True), ("auto", False), (GROUPS[:1], True)):
+        cfg = make_config("MODEL.C2SSL.ENABLED", enabled)
+        cfg.MODEL.C2SSL.GROUPS = groups
+        resolve_groups(cfg, infer)
+        assert groups == cfg.MODEL.C2SSL.GROUPS
+    cfg = make_config(*ENABLED, "MODEL.C2SSL.GROUPS", "auto", "MODEL.C2SSL.AUTO_SHARE", 0.8)
+    resolve_groups(cfg, infer)
+    assert (cfg.MODEL.C2SSL.GROUPS, asked) == (GROUPS, [0.8])
 
 
 def test_relation_of_the_groups():

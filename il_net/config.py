@@ -114,6 +114,10 @@ def add_il_net_config(cfg: CfgNode) -> None:
 
     # Number format under SOLVER.AMP.ENABLED: "bf16", or "fp16" with loss scaling.
     cfg.SOLVER.AMP.DTYPE = "bf16"
+    cfg.SOLVER.NONFINITE = CfgNode()
+    # When a loss or a gradient is not finite: "stop", or "skip" the step, at most LIMIT times.
+    cfg.SOLVER.NONFINITE.ACTION = "stop"
+    cfg.SOLVER.NONFINITE.LIMIT = 10
     # Detectron2's SOLVER.CLIP_GRADIENTS.CLIP_TYPE ("value", or "norm" for every parameter by
     # itself) also takes "full_model": CLIP_VALUE bounds the norm of all gradients together.
 

@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..checkpoint import Checkpointer
 from ..data.split import make_split, split_digest, split_records, train_records, write_split
 from ..evaluation.build import build_evaluator
+from .nonfinite import GRADIENTS, NonFiniteGuard, anywhere, gradients_are_finite, rng_state
 from .roi_statistics import RoIStatisticsReport, counting_modules
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ class TrainStep(SimpleTrainer):
         model, data_loader, optimizer: as in ``SimpleTrainer``.
         amp_dtype: None for full precision; fp16 scales the loss.
         accumulate: batches whose gradients are averaged before the update.
+        guard: told of numbers that are not finite; without one they raise FloatingPointError.
     """
 
     def __init__(
@@ -53,41 +55,62 @@ class TrainStep(SimpleTrainer):
         *,
         amp_dtype: torch.dtype | None = None,
         accumulate: int = 1,
+        guard: NonFiniteGuard | None = None,
     ) -> None:
         super().__init__(model, data_loader, optimizer)
+        self.guard = guard
         self.accumulate = accumulate
         self.amp_dtype = amp_dtype
-        self.device_type = next(model.parameters()).device.type
+        self.device = next(model.parameters()).device
         self.grad_scaler = torch.amp.GradScaler(
-            self.device_type, enabled=amp_dtype == torch.float16
+            self.device.type, enabled=amp_dtype == torch.float16
         )
 
     def run_step(self) -> None:
-        """Draw the batches, sum the losses, update the weights."""
+        """Draw the batches, sum the losses, update the weights if all is finite everywhere."""
         assert self.model.training, "the model was left in evaluation mode"
         self.optimizer.zero_grad()
+        rng, batches = rng_state(), []
         sums: dict[str, Tensor] = {}
         data_time = 0.0
         for left in reversed(range(self.accumulate)):
             start = time.perf_counter()
-            data = next(self._data_loader_iter)
+            batches.append(next(self._data_loader_iter))
             data_time += time.perf_counter() - start
             # Processes exchange gradients once, with the last batch.
             wait = left and isinstance(self.model, DistributedDataParallel)
             with self.model.no_sync() if wait else contextlib.nullcontext():
-                with torch.autocast(
-                    self.device_type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None
-                ):
-                    losses = {k: v / self.accumulate for k, v in self.model(data).items()}
-                    loss = sum(losses.values())
-                self.grad_scaler.scale(loss).backward()
+                losses = self._backward(batches[-1])
             sums = {k: v.detach() + sums.get(k, 0.0) for k, v in losses.items()}
-        # Raises on a non-finite loss, before the weights are touched; hence one transfer a step,
-        # for all losses together and after the backward pass is under way.
-        values = torch.stack([v.float() for v in sums.values()]).cpu()
+        # One transfer a step, for all losses together and after the backward pass is under way;
+        # the weights change only when it has come.
+        finite = self._finite_gradients().float()
+        *values, finite = torch.stack([*(v.float() for v in sums.values()), finite]).cpu()
+        bad = [name for name, v in zip(sums, values, strict=True) if not torch.isfinite(v)]
+        bad += [] if finite or bad else [GRADIENTS]
+        if anywhere(bool(bad), self.device):
+            if self.guard is None:
+                raise FloatingPointError(f"not finite: {', '.join(bad)}")
+            self.guard.handle(self.iter, bad, batches, rng)
+            self.optimizer.zero_grad()
+            return
         self._write_metrics(dict(zip(sums, values, strict=True)), data_time)
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
+
+    def _backward(self, batch: object) -> dict[str, Tensor]:
+        with torch.autocast(
+            self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None
+        ):
+            losses = {k: v / self.accumulate for k, v in self.model(batch).items()}
+            loss = sum(losses.values())
+        self.grad_scaler.scale(loss).backward()
+        return losses
+
+    def _finite_gradients(self) -> Tensor:
+        if self.grad_scaler.is_enabled():  # it looks itself, and lowers the scale
+            return torch.ones((), device=self.device)
+        return gradients_are_finite(self.model.parameters())
 
     def state_dict(self) -> dict:
         """Detectron2's state and the loss scale."""
@@ -113,6 +136,7 @@ class Trainer(DefaultTrainer):
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
+        guard = NonFiniteGuard.from_config(cfg, model)
         on_cpu = next(model.parameters()).device.type == "cpu"
         model = create_ddp_model(
             model, broadcast_buffers=False, **({"device_ids": None} if on_cpu else {})
@@ -123,6 +147,7 @@ class Trainer(DefaultTrainer):
             optimizer,
             amp_dtype=amp_dtype(cfg),
             accumulate=cfg.SOLVER.ACCUMULATE,
+            guard=guard,
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))

@@ -1,11 +1,12 @@
-"""Start one process per GPU (or per CPU process), by spawning or under torchrun.
+"""Start one process per GPU (or per CPU process), by spawning, under torchrun or under srun.
 
 Detectron2 0.6's own ``launch`` insists on CUDA and knows nothing of torchrun.
 """
 
 import os
+import re
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 
 import torch
@@ -15,6 +16,7 @@ from detectron2.utils import comm
 
 # COCO evaluation runs on rank 0 while the others wait.
 TIMEOUT = timedelta(hours=2)
+TORCHRUN = {"RANK", "WORLD_SIZE", "LOCAL_RANK"}
 
 
 def launch(
@@ -28,7 +30,8 @@ def launch(
     """Run ``main(*args)`` in every process of the job.
 
     Under torchrun (``RANK``, ``WORLD_SIZE`` and ``LOCAL_RANK`` are set) this process is one of the
-    job and the other arguments are ignored. CUDA uses NCCL, a machine without GPU gloo.
+    job and the other arguments are ignored; so it is under ``srun`` with several tasks, unless the
+    arguments ask for several processes themselves. CUDA uses NCCL, a machine without GPU gloo.
 
     Args:
         main: what to run; picklable.
@@ -40,7 +43,9 @@ def launch(
     Raises:
         ValueError: see :func:`choose_url`.
     """
-    if {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys():
+    if not TORCHRUN.issubset(os.environ) and num_processes * num_machines <= 1:
+        os.environ.update(slurm_job(os.environ))
+    if TORCHRUN.issubset(os.environ):
         local_rank = int(os.environ["LOCAL_RANK"])
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
         _run(local_rank, local_size, "env://", main, args)
@@ -56,6 +61,53 @@ def launch(
     except mp.ProcessExitedException as error:
         # The process has said why it ended (a user's mistake, a signal); a traceback adds nothing.
         raise SystemExit(f"error: {error}") from error
+
+
+def slurm_job(environ: Mapping[str, str]) -> dict[str, str]:
+    """torchrun's variables for a task that ``srun`` has started, one of several of its step.
+
+    A batch script itself, whose commands are no tasks of a step, is none; nor is a single task.
+    ``MASTER_ADDR`` and ``MASTER_PORT`` are kept where they are set; else the first machine of the
+    step serves, at a port that follows from the job's number.
+
+    Args:
+        environ: the process' environment.
+
+    Returns:
+        ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``LOCAL_WORLD_SIZE``, ``MASTER_ADDR`` and
+        ``MASTER_PORT``, or nothing.
+
+    Raises:
+        ValueError: the machines of the step have different numbers of tasks.
+    """
+    tasks = int(environ.get("SLURM_STEP_NUM_TASKS", 1))
+    if tasks <= 1 or "SLURM_PROCID" not in environ:
+        return {}
+    nodes = int(environ.get("SLURM_STEP_NUM_NODES", 1))
+    layout = environ.get("SLURM_STEP_TASKS_PER_NODE", "")
+    if tasks % nodes or "," in layout:
+        raise ValueError(
+            f"srun has {tasks} tasks on {nodes} nodes ({layout}): start the same number on each, "
+            "--ntasks-per-node"
+        )
+    address = environ.get("MASTER_ADDR") or _first_host(environ["SLURM_STEP_NODELIST"])
+    port = 10_000 + int(environ.get("SLURM_JOB_ID", 0)) % 20_000
+    return {
+        "RANK": environ["SLURM_PROCID"],
+        "WORLD_SIZE": str(tasks),
+        "LOCAL_RANK": environ["SLURM_LOCALID"],
+        "LOCAL_WORLD_SIZE": str(tasks // nodes),
+        "MASTER_ADDR": address,
+        "MASTER_PORT": environ.get("MASTER_PORT") or str(port),
+    }
+
+
+def _first_host(hosts: str) -> str:
+    """The first of SLURM's compressed list: ``gpu[03-04,07],cpu1`` begins with ``gpu03``."""
+    found = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\]([^,]*))?", hosts)
+    if not found:
+        raise ValueError(f"SLURM_STEP_NODELIST {hosts!r} names no host; set MASTER_ADDR")
+    return "".join(part or "" for part in found.groups())
 
 
 def choose_url(num_processes: int, num_machines: int, dist_url: str) -> str:

@@ -49,7 +49,7 @@ def read(folder: Path) -> dict[int, dict]:
 
 @pytest.fixture(autouse=True)
 def _no_job_around_us(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -154,3 +154,57 @@ def test_more_processes_than_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ValueError, match="--num-gpus 2: this machine has 1"):
         launch(record, 2, args=("unused",))
+
+
+# ---- SLURM ----
+
+STEP = {
+    **{"SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "2", "SLURM_PROCID": "3"},
+    **{"SLURM_LOCALID": "1", "SLURM_JOB_ID": "45678", "SLURM_STEP_NODELIST": "gpu[03-04]"},
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+}
+
+
+def test_a_task_of_srun_is_a_process_of_the_job():
+    assert launch_module.slurm_job(STEP) == {
+        **{"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"},
+        **{"MASTER_ADDR": "gpu03", "MASTER_PORT": "15678"},
+    }
+    own = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+    assert launch_module.slurm_job({**STEP, **own}).items() >= own.items()
+
+
+@pytest.mark.parametrize(
+    ("hosts", "first"),
+    [("gpu1", "gpu1"), ("gpu[03,07-09]", "gpu03"), ("a[1-2]b,c", "a1b"), ("x,y", "x")],
+)
+def test_first_host_of_a_list(hosts, first):
+    assert launch_module.slurm_job({**STEP, "SLURM_STEP_NODELIST": hosts})["MASTER_ADDR"] == first
+
+
+def test_a_batch_script_and_a_single_task_are_no_job():
+    script = {"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_JOB_ID": "1"}
+    assert launch_module.slurm_job(script) == {}
+    assert launch_module.slurm_job({**STEP, "SLURM_STEP_NUM_TASKS": "1"}) == {}
+    assert launch_module.slurm_job({}) == {}
+
+
+def test_uneven_tasks_are_refused():
+    uneven = {"SLURM_STEP_NUM_TASKS": "3", "SLURM_STEP_TASKS_PER_NODE": "2,1"}
+    with pytest.raises(ValueError, match=r"3 tasks on 2 nodes \(2,1\).*--ntasks-per-node"):
+        launch_module.slurm_job({**STEP, **uneven})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="starts gloo processes on the CPU")
+def test_two_tasks_of_srun_find_each_other(tmp_path):
+    """With the variables that srun sets; srun itself is not here."""
+    job = {
+        **{"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "1", "SLURM_JOB_ID": "7"},
+        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())},
+    }
+    tasks = [{**job, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in (0, 1)]
+    run_ranks(tmp_path, tasks, CODE.format("1, 1, 0, 'auto'"))
+    known = read(tmp_path)
+    assert known[0]["gathered"] == known[1]["gathered"] == ["rank 0", "rank 1"]
+    assert [known[rank]["local_rank"] for rank in (0, 1)] == [0, 1]
+    assert known[0]["local_size"] == 2 and known[0]["sum"] == 3

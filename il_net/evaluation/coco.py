@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from detectron2 import evaluation
 from detectron2.utils import comm
+from pycocotools.coco import COCO
 from tabulate import tabulate
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,11 @@ class COCOEvaluator(evaluation.COCOEvaluator):
 
     def __init__(self, dataset_name: str, *, output_dir: str) -> None:
         super().__init__(dataset_name, output_dir=output_dir, use_fast_impl=False)
+
+    @property
+    def truth(self) -> COCO:
+        """The ground truth that predictions are compared with."""
+        return self._coco_api
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
         """As Detectron2's; keeps ``mask_scores`` with the predictions."""

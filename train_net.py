@@ -1,13 +1,14 @@
 #!/usr/bin/env python
 """Train or evaluate a detector: python train_net.py --config-file FILE [options] [KEY VALUE ...].
 
-Options are Detectron2's (--help lists them); also runs under torchrun.
+Options are Detectron2's and a few more (--help lists them); also runs under torchrun. A run that
+SIGTERM or SIGINT has stopped exits with code 75: the same command with --resume goes on.
 """
 
 import argparse
 import logging
+from contextlib import nullcontext
 from functools import partial
-from itertools import chain
 from pathlib import Path
 
 from il_net.check import require_detectron2
@@ -16,7 +17,6 @@ require_detectron2()
 
 import torch  # noqa: E402  (from here on after the advice on a missing torch or detectron2)
 from detectron2.config import CfgNode  # noqa: E402
-from detectron2.data import DatasetCatalog  # noqa: E402
 from detectron2.engine import default_argument_parser, default_setup  # noqa: E402
 from detectron2.evaluation import verify_results  # noqa: E402
 from detectron2.utils import comm  # noqa: E402
@@ -24,18 +24,27 @@ from detectron2.utils.logger import setup_logger  # noqa: E402
 
 from il_net.checkpoint import Checkpointer  # noqa: E402
 from il_net.config import load_config  # noqa: E402
+from il_net.config_checks import check_il_net_config  # noqa: E402
 from il_net.data.containment import infer_groups  # noqa: E402
 from il_net.data.datasets import register_datasets  # noqa: E402
+from il_net.data.split import split_records, train_records  # noqa: E402
 from il_net.data.validate import validate_datasets  # noqa: E402
 from il_net.engine.il_trainer import trainer_class  # noqa: E402
 from il_net.engine.launch import choose_url, launch  # noqa: E402
+from il_net.engine.preemption import relayed_signals  # noqa: E402
+from il_net.engine.resumable import choose_seed, choose_start  # noqa: E402
 from il_net.errors import plain_errors  # noqa: E402
+from il_net.safe_load import add_trust_option, trust_checkpoints  # noqa: E402
 from sbr_cnn import add_sbr_cnn_config  # noqa: E402
 from sbr_cnn.c2ssl import resolve_groups  # noqa: E402
+from sbr_cnn.config_checks import check_sbr_cnn_config  # noqa: E402
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
-    """Configuration, logging, datasets and seeds of this process."""
+    """Configuration, logging, datasets, start and seeds of this process.
+
+    Afterwards ``args.resume`` says whether there is a checkpoint to go on from.
+    """
     cfg = load_config(args.config_file, args.opts, add_sbr_cnn_config)
     for name in ("il_net", "sbr_cnn"):
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name=name)
@@ -46,9 +55,16 @@ def setup(args: argparse.Namespace) -> CfgNode:
             "MODEL.DEVICE cpu with several processes: set CUDA_VISIBLE_DEVICES= to nothing as well"
         )
     register_datasets(cfg)
-    resolve_groups(cfg, partial(infer_train_groups, cfg))
+    check_il_net_config(cfg, eval_only=args.eval_only)
+    check_sbr_cnn_config(cfg)
     if comm.get_local_rank() == 0:
         validate_datasets(cfg)
+    if not args.eval_only:
+        resolve_groups(cfg, partial(infer_train_groups, cfg))
+    if args.resume:
+        args.resume = choose_start(cfg.OUTPUT_DIR, args.resume_or_start)
+    if not args.eval_only:
+        cfg.SEED = choose_seed(cfg, args.resume)
     cfg.freeze()
     trained = Path(cfg.OUTPUT_DIR, "config.yaml")
     kept = trained.read_text() if args.eval_only and trained.is_file() else None
@@ -61,13 +77,14 @@ def setup(args: argparse.Namespace) -> CfgNode:
 
 
 def infer_train_groups(cfg: CfgNode, share: float) -> list[dict]:
-    """Which classes of the training set contain which; see ``infer_groups``."""
-    records = chain.from_iterable(map(DatasetCatalog.get, cfg.DATASETS.TRAIN))
-    return infer_groups(records, cfg.DATASETS.CLASSES, share)
+    """Which classes of the labelled training images contain which; see ``infer_groups``."""
+    labeled, _ = split_records(cfg, train_records(cfg))
+    return infer_groups(labeled, cfg.DATASETS.CLASSES, share)
 
 
 def main(args: argparse.Namespace) -> dict | None:
     """Train, or with ``--eval-only`` evaluate, in one process of the job."""
+    trust_checkpoints(args.trust_checkpoint)  # a spawned process has not parsed the command line
     with plain_errors():
         cfg = setup(args)
     if args.eval_only:
@@ -75,9 +92,8 @@ def main(args: argparse.Namespace) -> dict | None:
             trainer = trainer_class(cfg)
             model = trainer.build_model(cfg)
             checkpointer = Checkpointer(model, cfg.OUTPUT_DIR)
-            resumed = args.resume and checkpointer.has_checkpoint()
             checkpointer.load_complete(
-                checkpointer.get_checkpoint_file() if resumed else cfg.MODEL.WEIGHTS
+                checkpointer.get_checkpoint_file() if args.resume else cfg.MODEL.WEIGHTS
             )
         results = trainer.test(cfg, model)
         if comm.is_main_process():
@@ -93,10 +109,20 @@ def invoke_main() -> None:
     """Parse the command line and start the processes of this machine."""
     parser = default_argument_parser()
     parser.set_defaults(dist_url="auto")  # a free port: two runs of one user don't collide
+    parser.add_argument(
+        "--resume-or-start",
+        action="store_true",
+        help="as --resume, but start a new run where there is no checkpoint, and go on from the "
+        "one before where the last is damaged: for jobs that are restarted by themselves",
+    )
+    add_trust_option(parser)
     args = parser.parse_args()
+    args.resume |= args.resume_or_start
     with plain_errors():
         url = choose_url(args.num_gpus, args.num_machines, args.dist_url)
-    launch(main, args.num_gpus, args.num_machines, args.machine_rank, url, (args,))
+    several = args.num_gpus * args.num_machines > 1
+    with relayed_signals() if several else nullcontext():
+        launch(main, args.num_gpus, args.num_machines, args.machine_rank, url, (args,))
 
 
 if __name__ == "__main__":

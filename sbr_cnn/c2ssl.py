@@ -51,8 +51,8 @@ def relate(groups: Sequence[dict], classes: Sequence[str]) -> Tensor:
                 f"{key} is a list of {{containers: [names], contents: [names]}}, got {group!r}"
             )
         for names in group.values():
-            unknown = [name for name in names if name not in index]
-            if unknown or isinstance(names, str) or not names:
+            is_list = isinstance(names, (list, tuple)) and len(names) > 0
+            if not is_list or any(not isinstance(n, str) or n not in index for n in names):
                 raise ValueError(
                     f"{key} needs lists of class names, got {names!r}; the classes are "
                     f"{list(classes)}"
@@ -173,6 +173,7 @@ class ContainmentHead(nn.Module):
         super().__init__()
         self.logits = nn.Linear(in_features, 4 if mode == "both" else 1)
         self.register_buffer("related", related, persistent=False)
+        self.has_groups = bool(related.any())
         self.used = MODES[mode]
         self.mu = mu
         self.gamma = gamma
@@ -219,7 +220,15 @@ class ContainmentHead(nn.Module):
         Args:
             samples: ``proposal_boxes``, ``gt_classes`` and, for masks, ``gt_index``.
             targets: the image's objects: ``gt_boxes``, ``gt_classes`` and, for masks, ``gt_masks``.
+
+        Raises:
+            ValueError: there are no groups.
         """
+        if not self.has_groups:
+            raise ValueError(
+                "MODEL.C2SSL.ENABLED trains nothing: DATASETS.CLASSES is empty or MODEL.C2SSL."
+                'GROUPS is still "auto"; train_net.py sets both from the data'
+            )
         is_container, is_content = self.related.any(dim=1), self.related.any(dim=0)
         for sample, target in zip(samples, targets, strict=True):
             matched, objects = sample.gt_classes, target.gt_classes
@@ -292,11 +301,12 @@ def build_containment_head(cfg: CfgNode, in_features: int) -> ContainmentHead | 
 def _configured_relation(cfg: CfgNode) -> Tensor:
     classes, groups = tuple(cfg.DATASETS.get("CLASSES", ())), cfg.MODEL.C2SSL.GROUPS
     number = cfg.MODEL.ROI_HEADS.NUM_CLASSES
-    if not classes:  # no data: parameters are counted, or a model is loaded to predict
+    if not classes or groups == "auto":  # to count parameters, or to predict
         return torch.zeros(number + 1, number + 1, dtype=torch.bool)
     if not isinstance(groups, (list, tuple)) or not groups:
         raise ValueError(
-            "MODEL.C2SSL.ENABLED needs MODEL.C2SSL.GROUPS, a list of {containers: [names], "
-            f"contents: [names]}}, or \"auto\" in training; got {groups!r}"
+            "MODEL.C2SSL.ENABLED needs MODEL.C2SSL.GROUPS: \"auto\" or a list; in a YAML file "
+            "[{containers: [leaf], contents: [rust]}], on the command line with quoted names, "
+            f"\"[{{'containers': ['leaf'], 'contents': ['rust']}}]\"; got {groups!r}"
         )
     return relate(groups, classes)

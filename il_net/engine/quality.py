@@ -16,7 +16,8 @@ from detectron2.structures import Boxes, BoxMode, Instances
 from detectron2.utils import comm
 
 from ..data.split import Split, records_by_id, train_records, without_labels
-from ..evaluation.pseudo_quality import PseudoQuality, append_summary, drop_summaries
+from ..evaluation.pseudo_quality import PseudoQuality, append_summary
+from ..json_lines import drop_later_lines
 from ..modeling.teacher_student import TeacherStudentRCNN
 
 logger = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ class PseudoLabelQuality(HookBase):
     def before_train(self) -> None:
         """Runs once; a resumed run makes the lines that it repeats anew."""
         if comm.is_main_process():
-            drop_summaries(self.path, after=self.trainer.start_iter)
+            drop_later_lines(self.path, self.trainer.start_iter)
 
     def after_step(self) -> None:
         """Runs after the optimizer's step."""

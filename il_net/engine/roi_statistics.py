@@ -12,6 +12,8 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from torch import nn
 
+from ..json_lines import drop_later_lines
+
 Loops = dict[int, dict[str, int | list[int]]]
 
 
@@ -48,10 +50,8 @@ class RoIStatisticsReport(HookBase):
 
     def before_train(self) -> None:
         """Runs once; a resumed run writes the lines that it repeats anew."""
-        if comm.is_main_process() and self.path.is_file():
-            lines = self.path.read_text().splitlines(keepends=True)
-            kept = [x for x in lines if json.loads(x)["iteration"] <= self.trainer.start_iter]
-            self.path.write_text("".join(kept))
+        if comm.is_main_process():
+            drop_later_lines(self.path, self.trainer.start_iter)
 
     def after_step(self) -> None:
         """Runs after the optimizer's step."""

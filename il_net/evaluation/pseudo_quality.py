@@ -185,10 +185,3 @@ def append_summary(
     line = {"iteration": iteration, **quality.summary(), "classes": list(classes)}
     with path.open("a") as file:
         file.write(json.dumps(line, allow_nan=False) + "\n")
-
-
-def drop_summaries(path: Path, after: int) -> None:
-    """Remove the lines of a file of :func:`append_summary` whose iteration is above ``after``."""
-    if path.is_file():
-        lines = path.read_text().splitlines(keepends=True)
-        path.write_text("".join(x for x in lines if json.loads(x)["iteration"] <= after))

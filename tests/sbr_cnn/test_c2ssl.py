@@ -275,6 +275,8 @@ def test_relation_of_the_groups():
         ([{"containers": "leaf", "contents": ["rust"]}], "needs lists of class names, got 'leaf'"),
         ([{"containers": ["leaf"], "contents": []}], r"needs lists of class names, got \[\]"),
         ([{"leaf": ["rust"]}], r"is a list of \{containers"),
+        ([{"containers": None, "contents": ["rust"]}], "needs lists of class names, got None"),
+        ([{"containers": [["leaf"]], "contents": ["rust"]}], "needs lists of class names"),
         ([*GROUPS, {"containers": ["rust"], "contents": ["soil"]}], r"\['rust'\] cannot be"),
     ],
 )
@@ -407,9 +409,18 @@ def test_masks_and_groups_must_be_there(make, make_config, shapes):
     with pytest.raises(ValueError, match=r"MODEL\.C2SSL\.MASKS needs masks: set MODEL\.MASK_ON"):
         make(*ENABLED, "MODEL.C2SSL.MASKS", True, "MODEL.MASK_ON", False)
     cfg = make_config(*ENABLED)
-    build_roi_heads(cfg, shapes)  # without data there are no class names: to count parameters
     cfg.DATASETS.CLASSES = NAMES
-    for groups in (None, "auto"):
-        cfg.MODEL.C2SSL.GROUPS = groups
-        with pytest.raises(ValueError, match=r"MODEL\.C2SSL\.ENABLED needs MODEL\.C2SSL\.GROUPS"):
-            build_roi_heads(cfg, shapes)
+    with pytest.raises(ValueError, match=r"MODEL\.C2SSL\.ENABLED needs MODEL\.C2SSL\.GROUPS"):
+        build_roi_heads(cfg, shapes)
+
+
+@pytest.mark.parametrize(("classes", "groups"), [((), None), (NAMES, "auto")])
+def test_without_groups_it_predicts_but_does_not_train(
+    make_config, shapes, pictures, detect, train_step, classes, groups
+):
+    cfg = make_config(*ENABLED)
+    cfg.DATASETS.CLASSES, cfg.MODEL.C2SSL.GROUPS = classes, groups
+    heads = build_roi_heads(cfg, shapes)
+    assert len(detect(heads, pictures[0])) == 2
+    with pytest.raises(ValueError, match=r"trains nothing: DATASETS\.CLASSES is empty or MODEL"):
+        train_step(heads, *pictures)

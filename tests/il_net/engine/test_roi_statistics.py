@@ -41,6 +41,8 @@ def test_a_line_every_period_after_the_last_step_and_none_twice(tmp_path):
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["iteration"] for line in lines] == [2, 4, 5]
     assert [line["loops"]["1"]["positives"] for line in lines] == [2, 2, 1]
+    with path.open("a") as file:
+        file.write('{"iteration": 5, "loo')  # killed while it wrote
     run(Source(), path, 3, 5)  # resumed from the checkpoint of the third step
     again = [json.loads(line)["iteration"] for line in path.read_text().splitlines()]
     assert again == [2, 4, 5]

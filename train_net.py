@@ -39,6 +39,8 @@ from sbr_cnn import add_sbr_cnn_config  # noqa: E402
 from sbr_cnn.c2ssl import resolve_groups  # noqa: E402
 from sbr_cnn.config_checks import check_sbr_cnn_config  # noqa: E402
 
+NEW_CONFIG = "config_new.yaml"  # of a training that has not begun yet
+
 
 def setup(args: argparse.Namespace) -> CfgNode:
     """Configuration, logging, datasets, start and seeds of this process.
@@ -67,11 +69,12 @@ def setup(args: argparse.Namespace) -> CfgNode:
         cfg.SEED = choose_seed(cfg, args.resume)
     cfg.freeze()
     trained = Path(cfg.OUTPUT_DIR, "config.yaml")
-    kept = trained.read_text() if args.eval_only and trained.is_file() else None
+    kept = trained.read_text() if trained.is_file() else None
     default_setup(cfg, args)
     if kept is not None and comm.is_main_process():
-        # Detectron2 writes config.yaml anew; that of the training says what the weights are.
-        trained.rename(trained.with_name("config_eval.yaml"))
+        # Detectron2 writes config.yaml anew; what the folder's weights were trained with stays as
+        # long as nothing else is trained there.
+        trained.rename(trained.with_name("config_eval.yaml" if args.eval_only else NEW_CONFIG))
         trained.write_text(kept)
     return cfg
 
@@ -102,6 +105,9 @@ def main(args: argparse.Namespace) -> dict | None:
     with plain_errors():
         trainer = trainer_class(cfg)(cfg)
         trainer.resume_or_load(resume=args.resume)
+    new = Path(cfg.OUTPUT_DIR, NEW_CONFIG)
+    if comm.is_main_process() and new.is_file():
+        new.replace(new.with_name("config.yaml"))
     return trainer.train()
 
 

@@ -24,10 +24,12 @@ from torch import Tensor, nn
 
 from il_net.config import load_config
 from il_net.data.datasets import register_datasets
-from il_net.engine.nonfinite import set_rng_state, unpack_records
+from il_net.engine.nonfinite import answer_with_nan, set_rng_state, unpack_batch
 from il_net.engine.trainer import amp_dtype
 from il_net.errors import plain_errors
 from sbr_cnn import add_sbr_cnn_config
+
+KEYS = {"iteration", "bad", "batches", "rng", "model"}
 
 
 def read_step(path: Path) -> dict:
@@ -36,36 +38,55 @@ def read_step(path: Path) -> dict:
         raise FileNotFoundError(f"--step: there is no file {path}")
     try:
         step = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a broken file raises
-        raise ValueError(f"--step: {path} can't be read: {error}") from error
-    if not isinstance(step, dict) or not {"batches", "model", "rng"} <= step.keys():
+    except Exception as error:  # whatever a broken file raises; torch's advice is a risk
+        raise ValueError(
+            f"--step: {path} can't be read ({type(error).__name__}): it is damaged, or no step "
+            "that a run has kept (nonfinite/iter_*.pt)"
+        ) from error
+    if not isinstance(step, dict) or not step.keys() >= KEYS:
         raise ValueError(f"--step: {path} is no step that a run has kept (nonfinite/iter_*.pt)")
     return step
 
 
-def describe(batch: dict[str, list[dict]]) -> list[str]:
+def load_weights(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Give the model the step's weights, all of them."""
+    shapes = [{name: tuple(x.shape) for name, x in s.items()} for s in (model.state_dict(), state)]
+    wrong = [n for n in sorted({*shapes[0], *shapes[1]}) if shapes[0].get(n) != shapes[1].get(n)]
+    if wrong:
+        raise ValueError(
+            f"--step does not fit the model of --config-file: {len(wrong)} tensors are not the "
+            f"same, first {wrong[0]}, {shapes[1].get(wrong[0], 'missing')} in the step and "
+            f"{shapes[0].get(wrong[0], 'missing')} in the model"
+        )
+    model.load_state_dict(state)
+
+
+def describe(packed: dict[str, list[dict]], groups: dict[str, list[dict]]) -> list[str]:
     """A line for each image: file, size, objects."""
     lines = []
-    for group, records in batch.items():
-        for record in records:
+    for group, records in groups.items():
+        for record, raw in zip(records, packed[group], strict=True):
             height, width = record["image"].shape[-2:]
             objects = record.get("instances")
-            count = "no labels" if objects is None else f"{len(objects['boxes'])} objects"
-            lines.append(
-                f"{group or 'image'}: {record.get('file_name', '?')}, {width} x {height}, {count}"
-            )
+            count = "no labels" if objects is None else f"{len(objects)} objects"
+            bad = "" if all_finite(raw) else ", not finite itself"
+            name = record.get("file_name", "?")
+            lines.append(f"{group or 'image'}: {name}, {width} x {height}, {count}{bad}")
     return lines
 
 
 def watch(model: nn.Module, found: list[str]) -> None:
     """Note every module whose output is not finite although its inputs are, in order."""
 
-    def look(name: str, inputs: object, output: object) -> None:
+    def look(name: str, inputs: tuple, output: object) -> None:
         if not all_finite(output) and all_finite(inputs):
-            found.append(name)
+            found.append(name or "the model itself, outside of its modules")
 
     for name, module in model.named_modules():
-        module.register_forward_hook(lambda _, inputs, out, name=name: look(name, inputs, out))
+        module.register_forward_hook(
+            lambda _, args, kwargs, out, name=name: look(name, (args, kwargs), out),
+            with_kwargs=True,
+        )
 
 
 def all_finite(value: object) -> bool:
@@ -77,43 +98,42 @@ def all_finite(value: object) -> bool:
     return not isinstance(value, (list, tuple)) or all(map(all_finite, value))
 
 
-def replay(cfg: CfgNode, step: dict) -> list[str]:
-    """Run the step again; returns the lines of the report."""
+def replay(cfg: CfgNode, step: dict) -> tuple[list[str], bool]:
+    """Run the step again; returns the lines of the report, and whether it was not finite again."""
+    dtype = amp_dtype(cfg)
     model = build_model(cfg)
-    try:
-        model.load_state_dict(step["model"])
-    except RuntimeError as error:
-        raise ValueError(f"--step does not fit the model of --config-file: {error}") from error
+    load_weights(model, step["model"])
     model.train()
+    answer_with_nan(model)
     modules: list[str] = []
     watch(model, modules)
-    set_rng_state(step["rng"])
+    device = next(model.parameters()).device.type
     lines = [f"iteration {step['iteration']}; not finite then: {', '.join(step['bad'])}"]
-    device, dtype = next(model.parameters()).device.type, amp_dtype(cfg)
     bad = False
-    for packed in step["batches"]:
-        groups = {name: unpack_records(records) for name, records in packed.items()}
+    for packed, rng in zip(step["batches"], step["rng"], strict=True):
+        groups = unpack_batch(packed)
+        lines += describe(packed, groups)
         batch = groups[""] if "" in groups else SimpleNamespace(**groups)
-        lines += describe(packed)
-        with EventStorage(), torch.autocast(device, dtype=dtype, enabled=dtype is not None):
+        set_rng_state(rng)
+        with (
+            EventStorage(step["iteration"]),
+            torch.autocast(device, dtype=dtype, enabled=dtype is not None),
+        ):
             losses = model(batch)
         for name, loss in losses.items():
             lines.append(f"{name}: {loss.item():.6g}")
-            bad |= not torch.isfinite(loss)
+            bad |= not all_finite(loss)
         sum(losses.values()).backward()
     if modules:
         lines.append(f"first module with a non-finite output: {modules[0]}")
-    gradients = [
-        name
-        for name, p in model.named_parameters()
-        if p.grad is not None and not torch.isfinite(p.grad).all()
-    ]
+    gradients = [name for name, p in model.named_parameters() if not all_finite(p.grad)]
     if gradients:
         more = f" and {len(gradients) - 5} more" if len(gradients) > 5 else ""
         lines.append(f"gradients that are not finite: {', '.join(gradients[:5])}{more}")
-    if not (bad or modules or gradients):
+    again = bool(bad or modules or gradients)
+    if not again:
         lines.append("all numbers are finite this time: another device or number format?")
-    return lines
+    return lines, again
 
 
 def main() -> int:
@@ -130,9 +150,9 @@ def main() -> int:
         cfg = load_config(args.config_file, args.opts, add_sbr_cnn_config)
         if not cfg.DATASETS.CLASSES:
             register_datasets(cfg)
-        lines = replay(cfg, step)
+        lines, again = replay(cfg, step)
     print("\n".join(lines))
-    return int(lines[-1].startswith("all numbers are finite"))
+    return 0 if again else 1
 
 
 if __name__ == "__main__":

@@ -1,31 +1,26 @@
-"""Loading weights: what matched, and names that the file or the model has from elsewhere."""
+"""Loading weights: what matched, and names that the file or the model has from elsewhere.
+
+And saving them, whole or not at all (see ``checkpoint_files``).
+"""
 
 import logging
 import os
-import pickle
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 from urllib.error import URLError
 
 from detectron2.checkpoint import DetectionCheckpointer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from .checkpoint_files import tag_last, thin_out, write_state
+from .safe_load import load_pkl, load_pth
 from .weights import LITE0_WEIGHTS, lite0_file, rename_foreign
 
 logger = logging.getLogger(__name__)
-
-# What readers of weights raise on a file that holds none.
-_UNREADABLE = (
-    pickle.UnpicklingError,
-    SafetensorError,
-    RuntimeError,
-    LookupError,
-    EOFError,
-    ValueError,
-)
 
 
 @runtime_checkable
@@ -91,13 +86,45 @@ class Checkpointer(DetectionCheckpointer):
 
     Also reads ``.safetensors`` files, ``LITE0_WEIGHTS`` and torchvision's ResNets (see
     :mod:`il_net.weights`), and lets the model's modules rename foreign tensors (see
-    :class:`AdoptsState`).
+    :class:`AdoptsState`). No file is read that could run code (see :mod:`il_net.safe_load`).
+
+    Args:
+        model, save_dir, checkpointables: as Detectron2's.
+        kept: checkpoints of a run to keep, at least 2; 0: all.
 
     Attributes:
         report: the ``LoadReport`` of the last file loaded, None before.
+        saved: the name that was saved last, "" before.
     """
 
-    report: LoadReport | None = None
+    def __init__(
+        self, model: nn.Module, save_dir: str = "", *, kept: int = 0, **checkpointables: Any
+    ) -> None:
+        super().__init__(model, save_dir, **checkpointables)
+        if kept < 0 or kept == 1:
+            raise ValueError(
+                f"SOLVER.CHECKPOINTS_KEPT is 0 (all) or at least 2, got {kept}: a run whose only "
+                "checkpoint turns out to be damaged is lost"
+            )
+        self.kept = kept
+        self.report: LoadReport | None = None
+        self.saved = ""
+
+    def save(self, name: str, **extra: Any) -> None:
+        """As Detectron2's, but every file is whole or not there, and old ones may be deleted.
+
+        Raises:
+            UnwrittenError: the disk is full, or the like; the checkpoints before are as they were.
+        """
+        if not self.save_dir or not self.save_to_disk:
+            return
+        state = {key: part.state_dict() for key, part in self.checkpointables.items()}
+        path = Path(self.save_dir, f"{name}.pth")
+        logger.info("Saving checkpoint %s", path)
+        write_state(path, {"model": self.model.state_dict(), **state, **extra})
+        tag_last(path)
+        self.saved = name
+        thin_out(path, self.kept)
 
     def load(self, path: str, *args, **kwargs) -> dict:
         """As Detectron2's.
@@ -145,18 +172,29 @@ class Checkpointer(DetectionCheckpointer):
 
     def _load_file(self, filename: str) -> dict:
         try:
-            if filename.endswith(".safetensors"):
-                loaded = {"model": load_file(filename)}
-            else:
-                loaded = super()._load_file(filename)
-        except _UNREADABLE as error:
+            loaded = self._read(filename)
+        except SafetensorError as error:
             raise ValueError(f"MODEL.WEIGHTS: {filename} can't be read: {error}") from error
+        except ValueError as error:
+            raise ValueError(f"MODEL.WEIGHTS: {error}") from error
+        if "model" not in loaded:
+            loaded = {"model": loaded}
         state = loaded["model"]
         state = state.get("state_dict", state)  # as other trainers nest it
         if state and all(name.startswith("module.") for name in state):  # saved inside DDP
             state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
         loaded["model"] = rename_foreign(state, self.model)
         return loaded
+
+    def _read(self, filename: str) -> dict:
+        if filename.endswith(".safetensors"):
+            return load_file(filename)
+        own_format = filename.endswith((".pkl", ".pyth"))
+        content = load_pkl(filename) if filename.endswith(".pkl") else load_pth(filename)
+        if not isinstance(content, dict):
+            raise ValueError(f"{filename} holds a {type(content).__name__}, not named weights")
+        # Detectron2 knows what its own formats mean, and reads again what was found harmless.
+        return super()._load_file(filename) if own_format else content
 
     def _load_model(self, checkpoint: dict):
         state = checkpoint["model"]
@@ -169,6 +207,10 @@ class Checkpointer(DetectionCheckpointer):
         misshapen = {name: (file, model) for name, file, model in incompatible.incorrect_shapes}
         # torch counts a tensor that was left out for its shape as missing, too.
         missing = sizes.keys() & set(incompatible.missing_keys) - misshapen.keys()
+        found = sizes.keys() - missing - misshapen.keys()
+        if all(name.endswith("num_batches_tracked") for name in found):
+            # BatchNorm fills in its counter itself where a file has none: nothing was loaded.
+            missing |= found
         lacking = missing | misshapen.keys()
         total = sum(sizes.values())
         self.report = LoadReport(

@@ -1,10 +1,10 @@
 """Configuration keys of ``il_net`` and the one way a configuration is read."""
 
 import contextlib
-import difflib
+import io
 import re
 from ast import literal_eval
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,6 +12,8 @@ import yaml
 from detectron2.config import CfgNode, get_cfg
 
 from . import modeling  # noqa: F401  (registers the architectures that a configuration may name)
+from .config_values import read_option, read_values
+from .data import mapper  # noqa: F401  (lets Detectron2 read 16-bit gray)
 
 # Keys that take a tuple of names and accept a single plain name as well.
 _NAME_TUPLES = ("TRAIN", "TEST", "UNLABELED")
@@ -42,6 +44,9 @@ def add_il_net_config(cfg: CfgNode) -> None:
     # Draw every class in proportion; draw so that a smaller percentage's images are in a larger's.
     cfg.DATASETS.SPLIT.STRATIFIED = False
     cfg.DATASETS.SPLIT.NESTED = False
+
+    # Images that a process may skip because their files can't be read; one more stops the run.
+    cfg.DATALOADER.MAX_UNREADABLE = 100
 
     # Unlabelled images per step, of all processes together (labelled: IMS_PER_BATCH).
     cfg.SOLVER.IMS_PER_BATCH_UNLABELED = 0
@@ -112,6 +117,10 @@ def add_il_net_config(cfg: CfgNode) -> None:
     cfg.MODEL.ROI_IOU_HEAD.LOSS = "focal"
     cfg.MODEL.ROI_IOU_HEAD.FOCAL_GAMMA = 1.5
 
+    # Checkpoints of a run that are kept, the latest, at least 2; 0: all. The final and the best
+    # model are kept beside them.
+    cfg.SOLVER.CHECKPOINTS_KEPT = 0
+
     # Number format under SOLVER.AMP.ENABLED: "bf16", or "fp16" with loss scaling.
     cfg.SOLVER.AMP.DTYPE = "bf16"
     cfg.SOLVER.NONFINITE = CfgNode()
@@ -142,88 +151,97 @@ def load_config(config_file: str, opts: list[str], *add_keys: Callable[[CfgNode]
         add(cfg)
     if config_file:
         loaded = _read_yaml(config_file)
-        datasets = loaded.get("DATASETS", {})
+        datasets = loaded.get("DATASETS")
         for key in _NAME_TUPLES:
-            if key in datasets:
+            if isinstance(datasets, dict) and key in datasets:
                 datasets[key] = _as_name_tuple(datasets[key], f"{config_file}: DATASETS.{key}")
-        _merge(
-            cfg, lambda: cfg.merge_from_other_cfg(_as_defaults(CfgNode(loaded), cfg)), config_file
-        )
-    if len(opts) % 2:
-        raise ValueError(f"The command line needs KEY VALUE pairs, got {opts}")
+        values = read_values(loaded, cfg, config_file)
+        _merge(lambda: cfg.merge_from_other_cfg(CfgNode(values)), config_file)
     opts = list(opts)
+    _check_pairs(opts)
     for i, key in enumerate(opts[::2]):
+        value = opts[2 * i + 1]
         if key in {f"DATASETS.{name}" for name in _NAME_TUPLES}:
-            opts[2 * i + 1] = _as_name_tuple(opts[2 * i + 1], f"command line: {key}")
-        elif re.fullmatch(r"[+-]?\d+", str(opts[2 * i + 1])) and _default_is_float(cfg, key):
-            opts[2 * i + 1] = float(opts[2 * i + 1])
-    _merge(cfg, lambda: cfg.merge_from_list(opts), "command line")
+            opts[2 * i + 1] = _as_name_tuple(value, f"command line: {key}")
+        else:
+            opts[2 * i + 1] = read_option(key, value, cfg, "command line")
+    _merge(lambda: cfg.merge_from_list(opts), "command line")
     if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     return cfg
 
 
+class _YamlFile(CfgNode):
+    """Reads YAML as Detectron2, but refuses a key that is there twice, where the last would win."""
+
+    @classmethod
+    def _open_cfg(cls, filename: str) -> io.StringIO:
+        with super()._open_cfg(filename) as file:
+            text = file.read()
+        _refuse_repeats(yaml.compose(text, yaml.SafeLoader), filename)
+        return io.StringIO(text)
+
+
+def _refuse_repeats(node: yaml.Node | None, filename: str) -> None:
+    if not isinstance(node, yaml.MappingNode):
+        return
+    names = [key.value for key, _ in node.value]
+    for i, (key, value) in enumerate(node.value):
+        if isinstance(key, yaml.ScalarNode) and key.value in names[:i]:
+            raise ValueError(
+                f"{filename}, line {key.start_mark.line + 1}: {key.value} is there twice, of which "
+                "YAML takes the last alone; write one"
+            )
+        _refuse_repeats(value, filename)
+
+
 def _read_yaml(config_file: str) -> dict:
+    option = f"--config-file {config_file}"
     try:
-        loaded = CfgNode.load_yaml_with_base(config_file)
+        loaded = _YamlFile.load_yaml_with_base(config_file)
     except FileNotFoundError as error:
         missing = error.filename or str(error)
         if Path(missing).resolve() == Path(config_file).resolve():
             raise FileNotFoundError(f"--config-file: there is no file {config_file}") from error
         raise FileNotFoundError(
-            f"--config-file {config_file}: there is no file {missing}, which a _BASE_ names. A "
-            "relative _BASE_ is looked for beside the file that has it"
+            f"{option}: there is no file {missing}, which a _BASE_ names. A relative _BASE_ is "
+            "looked for beside the file that has it"
         ) from error
     except yaml.constructor.ConstructorError as error:
         raise ValueError(
-            f"--config-file {config_file} has a YAML tag that can run code, which is not read "
-            f"here; write the value out: {error}"
+            f"{option} has a YAML tag that can run code, which is not read here; write the value "
+            f"out: {error}"
         ) from error
-    except (yaml.YAMLError, AttributeError, TypeError) as error:
-        raise ValueError(f"--config-file {config_file} is not a YAML mapping: {error}") from error
-    nodes = (loaded, *(loaded.values() if isinstance(loaded, dict) else ()))
-    if not isinstance(loaded, dict) or None in nodes:
-        raise ValueError(f"--config-file {config_file} is not a mapping of keys, or one is empty")
+    except RecursionError as error:
+        raise ValueError(f"{option}: a _BASE_ or an alias (*) leads back to itself") from error
+    except (yaml.YAMLError, UnicodeDecodeError, AttributeError, TypeError) as error:
+        raise ValueError(f"{option} is not a YAML mapping: {error}") from error
+    except (OSError, AssertionError) as error:
+        raise ValueError(f"{option} cannot be read: {error}") from error
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{option} is not a mapping of keys")
     return loaded
 
 
-def _merge(cfg: CfgNode, merge: Callable[[], None], source: str) -> None:
+def _check_pairs(opts: list[str]) -> None:
+    for text in map(str, opts):
+        if text.startswith("--"):
+            raise ValueError(
+                f"The command line ends with KEY VALUE pairs, but {text} comes after {opts[0]}: "
+                "write all options before the first key"
+            )
+        key, equals, value = text.partition("=")
+        if equals and re.fullmatch(r"[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)*", key):
+            raise ValueError(f"The command line needs KEY VALUE pairs: write {key} {value}")
+    if len(opts) % 2:
+        raise ValueError(f"The command line needs KEY VALUE pairs, got {opts}")
+
+
+def _merge(merge: Callable[[], None], source: str) -> None:
     try:
         merge()
     except (KeyError, ValueError, AssertionError, AttributeError, TypeError) as error:
-        text = str(error.args[0]) if error.args else repr(error)
-        unknown = re.fullmatch(r"Non-existent (?:config )?key: (\S+)", text)
-        if not unknown:
-            raise ValueError(f"{source}: {text}") from error
-        near = difflib.get_close_matches(unknown[1], list(_keys(cfg)), n=3, cutoff=0.7)
-        hint = f" Did you mean {' or '.join(near)}?" if near else ""
-        raise ValueError(f"{source}: there is no configuration key {unknown[1]}.{hint}") from error
-
-
-def _keys(node: CfgNode, prefix: str = "") -> Iterator[str]:
-    for key, value in node.items():
-        if isinstance(value, CfgNode):
-            yield from _keys(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}"
-
-
-def _as_defaults(loaded: CfgNode, cfg: CfgNode) -> CfgNode:
-    """Whole numbers become floats where the default is one: 10 is as good as 10.0."""
-    for key, value in loaded.items():
-        default = cfg.get(key)
-        if isinstance(value, CfgNode) and isinstance(default, CfgNode):
-            _as_defaults(value, default)
-        elif type(value) is int and isinstance(default, float):
-            loaded[key] = float(value)
-    return loaded
-
-
-def _default_is_float(cfg: CfgNode, key: str) -> bool:
-    node = cfg
-    for part in key.split("."):
-        node = node.get(part) if isinstance(node, CfgNode) else None
-    return isinstance(node, float)
+        raise ValueError(f"{source}: {error.args[0] if error.args else error!r}") from error
 
 
 def _as_name_tuple(value: str | list | tuple, key: str) -> tuple[str, ...]:

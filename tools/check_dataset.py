@@ -27,7 +27,7 @@ from il_net.data.coco_file import write_coco
 from il_net.data.inspection import Inspection, compare, inspect_coco, inspect_folder
 from il_net.data.mend import mend
 from il_net.data.report import Problem, Severity, describe
-from il_net.errors import plain_errors
+from il_net.errors import check_output, plain_errors
 
 EXIT_CODES = {Severity.NOTE: 0, Severity.WARNING: 3, Severity.ERROR: 4}
 
@@ -126,6 +126,8 @@ def main() -> int:
     pixels = not args.no_pixels
     with plain_errors():
         targets = find_targets(args.json, args.fix) if args.fix else {}
+        for target in targets.values():
+            check_output(target, is_folder=False, option="--fix")
         inspections = [
             inspect_coco(json_file, folder, pixels=pixels)
             if json_file

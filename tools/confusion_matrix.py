@@ -21,83 +21,21 @@ row has no entry).
 
 import argparse
 import csv
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.structures import BoxMode
 from detectron2.utils.logger import setup_logger
-from tqdm import tqdm
 
 from il_net.config import load_config
 from il_net.data.datasets import register_datasets
-from il_net.errors import plain_errors
+from il_net.errors import check_output, plain_errors
 from il_net.evaluation.confusion import MATCHINGS, confusion_matrix, row_shares
 from il_net.evaluation.confusion_figure import BACKGROUND, draw_confusion
-from il_net.evaluation.predictions import (
-    Labels,
-    parse_predictions,
-    parse_truth,
-    read_predictions,
-    read_truth,
-)
-from il_net.predict import Predictor, read_picture, to_coco
+from il_net.evaluation.predictions import Labels, read_predictions, read_truth
+from il_net.evaluation.run_model import run_model
+from il_net.safe_load import add_trust_option
 from sbr_cnn import add_sbr_cnn_config
-
-
-def run_model(cfg: CfgNode, *, masks: bool) -> Iterator[tuple[str, Labels, Labels]]:
-    """Name, truth and predictions of each dataset of DATASETS.TEST."""
-    if not cfg.DATASETS.TEST:
-        raise ValueError("DATASETS.TEST is empty: name the datasets to run the model on")
-    if not cfg.DATASETS.CLASSES:
-        raise ValueError("DATASETS.CLASSES is empty: use the config.yaml of the training run")
-    if masks and not cfg.MODEL.MASK_ON:
-        raise ValueError("--masks needs a model with masks, but MODEL.MASK_ON is False")
-    predictor = Predictor(cfg)
-    for name in cfg.DATASETS.TEST:
-        records = DatasetCatalog.get(name)
-        # Without training sets, a dataset keeps a class list of its own.
-        truth = empty_document(MetadataCatalog.get(name).thing_classes)
-        found = empty_document(cfg.DATASETS.CLASSES)
-        for image_id, record in enumerate(tqdm(records, name), start=1):
-            picture = read_picture(Path(record["file_name"]))
-            sides = {"height": record["height"], "width": record["width"]}
-            if picture.shape[:2] != tuple(sides.values()):
-                raise ValueError(
-                    f"{record['file_name']} is {picture.shape[:2]} (height, width), in the "
-                    f"dataset {name} {tuple(sides.values())}"
-                )
-            image = {"id": image_id, "file_name": record["file_name"], **sides}
-            truth["images"].append(image)
-            for annotation in record["annotations"]:
-                truth["annotations"].append(to_record(annotation, image_id))
-            found["images"].append(image)
-            found["annotations"] += to_coco(predictor(picture), image_id)
-        for document in (truth, found):
-            for number, annotation in enumerate(document["annotations"], start=1):
-                annotation["id"] = number
-        labels = parse_truth(truth, name, masks=masks)
-        yield name, labels, parse_predictions(found, name, labels, masks=masks)
-
-
-def empty_document(classes: Sequence[str]) -> dict[str, list[dict]]:
-    """A COCO document with categories 1, 2, ... and nothing else."""
-    categories = [{"id": i, "name": name} for i, name in enumerate(classes, start=1)]
-    return {"images": [], "annotations": [], "categories": categories}
-
-
-def to_record(annotation: dict, image_id: int) -> dict:
-    """A COCO annotation, without id, from Detectron2's of one image."""
-    box = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYWH_ABS)
-    return {
-        "image_id": image_id,
-        "category_id": annotation["category_id"] + 1,
-        "bbox": [float(value) for value in box],
-        "segmentation": annotation.get("segmentation"),
-        "iscrowd": annotation.get("iscrowd", 0),
-    }
 
 
 def write_table(path: Path, names: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
@@ -152,6 +90,7 @@ def main() -> None:
     parser.add_argument("--iou", type=float, default=0.5, help="overlaps from here on (0.5)")
     parser.add_argument("--masks", action="store_true", help="compare masks instead of boxes")
     parser.add_argument("--matching", choices=MATCHINGS, default="thesis")
+    add_trust_option(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs")
     args = parser.parse_args()
     if bool(args.json) != bool(args.predictions):
@@ -160,6 +99,7 @@ def main() -> None:
         parser.error(f"KEY VALUE pairs go with --config-file, got {args.opts}")
     setup_logger(name="il_net")
     with plain_errors():
+        check_output(args.output, is_folder=True)
         if args.json:
             truth = read_truth(args.json, masks=args.masks)
             found = read_predictions(args.predictions, truth, masks=args.masks)

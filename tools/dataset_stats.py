@@ -20,12 +20,11 @@ from pathlib import Path
 
 import numpy as np
 
-from il_net.data.coco_file import read_coco
+from il_net.data.sound_coco import read_sound_coco
 from il_net.data.statistics import (
-    Objects,
+    SplitObjects,
     Table,
     categories_in_image,
-    check_splits,
     class_names,
     coco_sizes,
     collect,
@@ -37,7 +36,7 @@ from il_net.data.statistics import (
     write_table,
 )
 from il_net.data.statistics_figures import category_figure, count_figure, size_figure
-from il_net.errors import plain_errors
+from il_net.errors import check_output, plain_errors
 from il_net.figures import shorten
 
 _COLUMN = 18
@@ -60,20 +59,19 @@ def split_names(files: Sequence[str], names: Sequence[str] | None) -> list[str]:
 
 def read_splits(
     files: Sequence[str], names: Sequence[str] | None
-) -> tuple[list[Objects], tuple[str, ...]]:
+) -> tuple[list[SplitObjects], tuple[str, ...]]:
     """The objects of every file, and the names of all classes."""
     chosen = split_names(files, names)
-    datasets = {file: read_coco(file) for file in files}
-    if len(datasets) < len(files):
+    if len(set(files)) < len(files):
         raise ValueError("--json: a file is named twice")
-    check_splits(datasets)
+    datasets = {file: read_sound_coco(file, boxes=True) for file in files}
     classes = class_names(datasets)
     both = zip(chosen, datasets.values(), strict=True)
     return [collect(name, data, classes) for name, data in both], classes
 
 
 def size_tables(
-    splits: Sequence[Objects], classes: Sequence[str], containers: Sequence[str], width: float
+    splits: Sequence[SplitObjects], classes: Sequence[str], containers: Sequence[str], width: float
 ) -> dict[str, Table]:
     """The sizes of all objects and, with containers, of both groups, by the ending of the files.
 
@@ -92,7 +90,7 @@ def size_tables(
     return tables
 
 
-def summary(splits: Sequence[Objects], categories: Table, sizes: dict[str, Table]) -> str:
+def summary(splits: Sequence[SplitObjects], categories: Table, sizes: dict[str, Table]) -> str:
     """The main numbers as text, a column for every split."""
     per_image = [num_instances(split) for split in splits]
     first = sizes[""].rows[0]
@@ -128,6 +126,26 @@ def _share(count: int, total: int) -> str:
     return f"{count} ({count / total if total else 0:6.1%})"
 
 
+def write(
+    folder: Path, splits: Sequence[SplitObjects], categories: Table, sizes: dict[str, Table]
+) -> None:
+    """The tables and pictures."""
+    counts = {
+        "categories_in_image": ("Different categories in an image", categories_in_image(splits)),
+        "instances_in_image": ("Instances in an image", instances_in_image(splits)),
+    }
+    write_table(folder / "instances_per_category.csv", categories)
+    category_figure(folder / "instances_per_category.png", categories)
+    for name, (title, table) in counts.items():
+        write_table(folder / f"{name}.csv", table)
+        count_figure(folder / f"{name}.png", title, table)
+    panels = {}
+    for ending, table in sizes.items():
+        write_table(folder / f"instance_size{ending}.csv", table)
+        panels[f"Size of the instances: {ending[1:] or 'all'}"] = table
+    size_figure(folder / "instance_size.png", panels)
+
+
 def main() -> None:
     """Count, write the tables and pictures, print the summary."""
     parser = argparse.ArgumentParser(
@@ -140,24 +158,12 @@ def main() -> None:
     parser.add_argument("--bins", type=float, default=0.05, metavar="WIDTH")
     args = parser.parse_args()
     with plain_errors():
+        check_output(args.output, is_folder=True)
         size_bins(args.bins)  # before the files, which may be large
         splits, classes = read_splits(args.json, args.names)
         sizes = size_tables(splits, classes, args.containers, args.bins)
-    categories = per_category(splits, classes)
-    counts = {
-        "categories_in_image": ("Different categories in an image", categories_in_image(splits)),
-        "instances_in_image": ("Instances in an image", instances_in_image(splits)),
-    }
-    write_table(args.output / "instances_per_category.csv", categories)
-    category_figure(args.output / "instances_per_category.png", categories)
-    for name, (title, table) in counts.items():
-        write_table(args.output / f"{name}.csv", table)
-        count_figure(args.output / f"{name}.png", title, table)
-    panels = {}
-    for ending, table in sizes.items():
-        write_table(args.output / f"instance_size{ending}.csv", table)
-        panels[f"Size of the instances: {ending[1:] or 'all'}"] = table
-    size_figure(args.output / "instance_size.png", panels)
+        categories = per_category(splits, classes)
+        write(args.output, splits, categories, sizes)
     print(summary(splits, categories, sizes))
     print(f"\ntables and pictures: {args.output}")
 

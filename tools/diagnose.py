@@ -33,6 +33,7 @@ from il_net.config import load_config
 from il_net.data.datasets import register_datasets
 from il_net.errors import plain_errors
 from il_net.evaluation import diagnosis, diagnosis_figures
+from il_net.safe_load import add_trust_option
 from sbr_cnn import add_sbr_cnn_config
 
 TASKS = ("bbox", "segm")
@@ -203,6 +204,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=200, metavar="N")
     parser.add_argument("--loops", default="", metavar="N,N")
     parser.add_argument("--run", type=Path, metavar="DIR")
+    add_trust_option(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE")
     args = parser.parse_args()
     for name in ("il_net", "detectron2"):

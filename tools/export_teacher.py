@@ -14,7 +14,6 @@ does not filter by it. To predict with the filter, use the run's own config.yaml
 """
 
 import argparse
-import pickle
 from pathlib import Path
 
 import torch
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from il_net.config import load_config
 from il_net.errors import plain_errors
+from il_net.safe_load import add_trust_option, load_pth
 from sbr_cnn import add_sbr_cnn_config
 
 MODELS = ("teacher", "student")
@@ -43,9 +43,9 @@ def read_detector(checkpoint: Path, model: str) -> dict[str, Tensor]:
     if not checkpoint.is_file():
         raise FileNotFoundError(f"--checkpoint: there is no file {checkpoint}")
     try:
-        content = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, LookupError, EOFError, ValueError) as error:
-        raise ValueError(f"--checkpoint: {checkpoint} can't be read: {error}") from error
+        content = load_pth(str(checkpoint))
+    except ValueError as error:
+        raise ValueError(f"--checkpoint: {error}") from error
     state = content.get("model", {}) if isinstance(content, dict) else {}
     prefix = f"{model}."
     # Clones: two names of one tensor would not go into a safetensors file.
@@ -126,6 +126,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", required=True, type=Path, metavar="FILE")
     parser.add_argument("--model", choices=MODELS, default="teacher", help="which (teacher)")
     parser.add_argument("--output", required=True, type=Path, metavar="FILE.pth")
+    add_trust_option(parser)
     args = parser.parse_args()
     with plain_errors():
         written = export(args.checkpoint, args.model, args.output)

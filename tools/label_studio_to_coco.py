@@ -26,7 +26,7 @@ from il_net.data.coco_file import write_coco
 from il_net.data.label_studio.convert import Conversion, convert, read_table
 from il_net.data.label_studio.records import Choices
 from il_net.data.report import Severity
-from il_net.errors import plain_errors
+from il_net.errors import check_output, plain_errors
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -65,8 +65,9 @@ def main() -> None:
     """Convert, report and write."""
     args = parse_arguments()
     with plain_errors():
-        if args.output.is_dir() or args.output.resolve() == args.input.resolve():
-            raise ValueError(f"--output {args.output} is a folder or the export itself")
+        check_output(args.output, is_folder=False)
+        if args.output.resolve() == args.input.resolve():
+            raise ValueError(f"--output: {args.output} is the export itself; name another file")
         choices = Choices(
             annotations=args.annotations,
             several_labels=args.several_labels,

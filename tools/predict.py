@@ -34,6 +34,7 @@ from il_net.predict import (
     read_picture,
     to_coco,
 )
+from il_net.safe_load import add_trust_option
 from sbr_cnn import add_sbr_cnn_config
 
 
@@ -121,6 +122,7 @@ def main() -> int:
     parser.add_argument("--input", required=True, metavar="IMAGE|FOLDER|GLOB|VIDEO")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR")
     parser.add_argument("--min-score", type=float, default=0.5, help="draw from here (0.5)")
+    add_trust_option(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs")
     args = parser.parse_args()
     setup_logger(name="il_net")

@@ -34,16 +34,16 @@ import argparse
 import json
 import shlex
 import sys
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 from detectron2.data import MetadataCatalog
-from detectron2.data.build import filter_images_with_only_crowd_annotations
-from detectron2.data.datasets import load_coco_json
 
 from il_net.config import load_config
 from il_net.data.coco_file import write_coco
 from il_net.data.datasets import register_datasets
+from il_net.data.sound_coco import read_sound_coco
 from il_net.data.split import Records, draw_labeled, image_classes, records_by_id, train_records
 from il_net.data.split_file import split_document
 from il_net.data.split_parts import (
@@ -53,11 +53,10 @@ from il_net.data.split_parts import (
     drop_empty_images,
     group_images,
     objects_by_image,
-    read_sound_coco,
     share_table,
     take_part,
 )
-from il_net.errors import plain_errors
+from il_net.errors import check_output, plain_errors
 from sbr_cnn import add_sbr_cnn_config
 
 
@@ -65,8 +64,9 @@ def split_train_val(args: argparse.Namespace) -> None:
     """Write both parts and show their shares."""
     targets = {part: args.output / f"{part}.json" for part in ("train", "val")}
     with plain_errors():
-        if args.output.is_file():
-            raise ValueError(f"--output: {args.output} is a file; name a folder")
+        check_output(args.output, is_folder=True)
+        for path in targets.values():
+            check_output(path, is_folder=False)
         if Path(args.json).resolve() in {path.resolve() for path in targets.values()}:
             raise ValueError(f"--output: {args.json} would be overwritten; name another folder")
         data = read_sound_coco(args.json)
@@ -101,21 +101,18 @@ def command_line() -> str:
 def split_labeled(args: argparse.Namespace) -> None:
     """Draw every list, write the file and show the shares."""
     with plain_errors():
-        if args.output.is_dir():
-            raise ValueError(f"--output: {args.output} is a folder; name a file")
+        check_output(args.output, is_folder=False)
         records, names = read_records(args.json, args.config_file)
         classes = image_classes(records)
         stratified = classes if args.stratified else None
+        options = {"nested": args.nested, "classes": stratified, "key": "--percent"}
         labeled = {
-            percent: {
-                seed: draw_labeled(classes, percent, seed, nested=args.nested, classes=stratified)
-                for seed in args.seed
-            }
+            percent: {seed: draw_labeled(classes, percent, seed, **options) for seed in args.seed}
             for percent in args.percent
         }
-    document = split_document(" + ".join(records), list(classes), labeled)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(document), encoding="utf-8")
+        document = split_document(" + ".join(records), list(classes), labeled)
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(document), encoding="utf-8")
     objects = {i: count_objects(r["annotations"]) for i, r in records_by_id(records).items()}
     for percent, by_seed in labeled.items():
         for seed, kept in by_seed.items():
@@ -133,11 +130,19 @@ def read_records(json_file: str | None, config_file: str | None) -> tuple[Record
         register_datasets(cfg)
         records = train_records(cfg)
         return records, dict(enumerate(MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).thing_classes))
-    names = class_names(read_sound_coco(json_file))
-    records = filter_images_with_only_crowd_annotations(load_coco_json(json_file, ""))
+    data = read_sound_coco(json_file)
+    # As Detectron2 reads the file and filters the images, but without looking at the masks.
+    own = defaultdict(list)
+    for annotation in data["annotations"]:
+        own[annotation["image_id"]].append(annotation)
+    records = [
+        {"image_id": image["id"], "annotations": own[image["id"]]}
+        for image in data["images"]
+        if any(not a.get("iscrowd", 0) for a in own[image["id"]])
+    ]
     if not records:
         raise ValueError(f"--json: no image of {json_file} has annotations")
-    return {Path(json_file).stem: records}, names
+    return {Path(json_file).stem: records}, class_names(data)
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from il_net.config import load_config
 from il_net.data.datasets import register_datasets
 from il_net.data.preview import View, semi_rows, supervised_rows, write_grid
 from il_net.data.validate import validate_datasets
-from il_net.errors import plain_errors
+from il_net.errors import check_output, plain_errors
 from il_net.modeling.teacher_student import TeacherStudentRCNN
 from il_net.predict import draw_truth
 from sbr_cnn import add_sbr_cnn_config
@@ -46,6 +46,7 @@ def main() -> None:
     with plain_errors():
         if args.output.suffix.lower() != ".png":
             raise ValueError(f"--output is the name of a picture, grid.png, got {args.output}")
+        check_output(args.output, is_folder=False)
         if not 1 <= args.count <= MOST_SAMPLES:
             raise ValueError(f"--count is from 1 to {MOST_SAMPLES}, got {args.count}")
         cfg = load_config(args.config_file, args.opts, add_sbr_cnn_config)
@@ -54,7 +55,9 @@ def main() -> None:
         semi = TeacherStudentRCNN.__name__ == cfg.MODEL.META_ARCHITECTURE
         rows = (semi_rows if semi else supervised_rows)(cfg, args.count)
     classes = list(cfg.DATASETS.CLASSES)
-    write_grid(args.output, [[draw(view, classes) for view in row] for row in rows])
+    grid = [[draw(view, classes) for view in row] for row in rows]
+    with plain_errors():
+        write_grid(args.output, grid)
     print(f"{args.count} samples: {args.output}")
 
 

@@ -113,16 +113,12 @@ class BuiltinSource(CocoSource):
     collection: Collection
 
     def metadata(self, model: ClassNames) -> dict[str, Any]:
-        """As for any COCO json, and {class name: text} as `kinds` and `plant_parts` (LDD only).
-
-        `published_files` has, if known, what the authors call the collection's files.
-        """
+        """As for any COCO json, and {class name: text} as `kinds` and `plant_parts` (LDD only)."""
         more = {
             "kinds": {c.name: c.kind for c in self.collection.categories if c.kind},
             "plant_parts": {
                 c.name: c.plant_part for c in self.collection.categories if c.plant_part
             },
-            "published_files": dict(self.collection.published),
         }
         return super().metadata(model) | {key: value for key, value in more.items() if value}
 

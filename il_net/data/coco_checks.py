@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from .coco_values import LARGEST_PX, has_file_name, is_box, is_id, is_side
 from .report import Findings, Severity
 
 EDGE_TOLERANCE_PX = 1.0
-NUMBERS = frozenset((int, float))
+# (width, height) in pixels by image id.
+Sizes = Mapping[int | str, tuple[float, float]]
 
 
 def _split_malformed(
@@ -33,21 +35,6 @@ def _split_malformed(
 
 def _repeated(values: Iterable[Any]) -> list[Any]:
     return [value for value, count in Counter(values).items() if count > 1]
-
-
-def is_id(value: Any) -> bool:
-    """Whether it can be the id of an image or an annotation."""
-    return type(value) in (int, str)
-
-
-def is_side(value: Any) -> bool:
-    """Whether it can be the width or height of an image."""
-    return type(value) in (int, float) and 0 < value < float("inf")
-
-
-def has_file_name(image: Any) -> bool:
-    """Whether it is an image record that names a file, whatever else is wrong with it."""
-    return isinstance(image, dict) and isinstance(image.get("file_name"), str)
 
 
 def check_categories(records: list[Any], findings: Findings) -> list[dict]:
@@ -180,22 +167,18 @@ class BoxFaults:
         return self.malformed | self.negative | self.empty | self.outside | self.partly
 
 
-def image_sizes(images: Iterable[dict]) -> dict[int | str, tuple[float, float]]:
-    """(width, height) in pixels by image id."""
+def image_sizes(images: Iterable[dict]) -> Sizes:
+    """The sizes that the records of images hold."""
     return {i["id"]: (i["width"], i["height"]) for i in images}
 
 
-def image_limits(
-    annotations: Sequence[dict], sizes: Mapping[int | str, tuple[float, float]]
-) -> np.ndarray:
+def image_limits(annotations: Sequence[dict], sizes: Sizes) -> np.ndarray:
     """(A, 2): width and height of each annotation's image; endless where it is not in `sizes`."""
     endless = (np.inf, np.inf)
     return np.array([sizes.get(a["image_id"], endless) for a in annotations]).reshape(-1, 2)
 
 
-def find_box_faults(
-    annotations: Sequence[dict], sizes: Mapping[int | str, tuple[float, float]]
-) -> BoxFaults:
+def find_box_faults(annotations: Sequence[dict], sizes: Sizes) -> BoxFaults:
     """Boxes as numbers first, then against the size of their image.
 
     Args:
@@ -228,7 +211,10 @@ def check_boxes(annotations: list[dict], images: list[dict], findings: Findings)
         return f"{name_annotation(annotations[row])} {annotations[row].get('bbox')}"
 
     for kind, mask, severity, consequence in (
-        ("boxes that are not four finite numbers", faults.malformed, Severity.ERROR, ""),
+        (
+            f"boxes that are not four finite numbers up to {LARGEST_PX:,.0f}", faults.malformed,
+            Severity.ERROR, "",
+        ),
         (
             "boxes of negative size", faults.negative, Severity.ERROR,
             "Detectron2 would mirror them",
@@ -245,11 +231,6 @@ def check_boxes(annotations: list[dict], images: list[dict], findings: Findings)
     ):  # fmt: skip
         rows = np.flatnonzero(mask)
         findings.add_rows(kind, rows, name, severity=severity, consequence=consequence)
-
-
-def is_box(box: Any) -> bool:
-    """Whether it is a list of four numbers, finite or not."""
-    return isinstance(box, list) and len(box) == 4 and NUMBERS.issuperset(map(type, box))
 
 
 def same_file(file_name: str) -> str:

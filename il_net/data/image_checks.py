@@ -17,6 +17,7 @@ from .near_duplicates import SIDE, perceptual_hash
 from .report import Findings, Severity
 
 _ORIENTATION = 274  # EXIF's number for it
+_TURNS = range(2, 9)  # 1 is upright; some cameras write 0
 _SWAPS_SIDES = (5, 6, 7, 8)
 
 
@@ -26,15 +27,18 @@ class Picture:
 
     Attributes:
         stored: size before EXIF rotation; None if the file can't be read.
-        orientation: of EXIF; 1 is upright, 5 to 8 swap the sides.
+        orientation: of EXIF; 2 to 8 turn or mirror it, 5 to 8 swap the sides.
         hash: (143,) bool, see `near_duplicates`; None if the pixels were not read.
         fault: why the file can't be read.
+        is_broken: whether that is because of what it holds: no image, or one that is cut off.
+            Else it may be read another day, as after a lack of permission.
     """
 
     stored: tuple[int, int] | None
     orientation: int = 1
     hash: np.ndarray | None = None
     fault: str = ""
+    is_broken: bool = False
 
     @property
     def size(self) -> tuple[int, int] | None:
@@ -59,9 +63,13 @@ def probe_picture(path: str, pixels: bool) -> Picture:
             gray = ImageOps.exif_transpose(image).convert("L")
             return Picture(stored, orientation, perceptual_hash(np.asarray(gray)))
     except Image.UnidentifiedImageError:
-        return Picture(None, fault="not an image")
+        return Picture(None, fault="not an image", is_broken=True)
     except Exception as error:  # decoders of broken files raise whatever they stumble on
-        return Picture(None, fault=str(error) or type(error).__name__)
+        # The system's own errors have a number, Pillow's have none.
+        from_pillow = isinstance(error, OSError) and error.errno is None
+        cut_off = from_pillow and "truncated" in str(error).lower()
+        fault = str(error) or type(error).__name__
+        return Picture(None, fault=fault, is_broken=cut_off)
 
 
 def probe_pictures(image_root: str, file_names: Sequence[str], pixels: bool) -> dict[str, Picture]:
@@ -92,7 +100,7 @@ def check_readable(pictures: Pictures, findings: Findings) -> None:
     )
     findings.add(
         "images that EXIF turns or mirrors",
-        [name for name, picture in pictures.items() if picture.orientation != 1],
+        [name for name, picture in pictures.items() if picture.orientation in _TURNS],
         severity=Severity.NOTE,
         consequence="Detectron2 does that on reading; labels must fit the turned image",
     )

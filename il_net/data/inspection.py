@@ -83,6 +83,7 @@ def inspect_coco(
     pictures = {name: picture for name, picture in pictures.items() if name in listed}
     check_readable(pictures, findings)
     check_sizes(records.images, pictures, findings)
+    _check_copies(pictures, findings)
     check_repeats(records.annotations, records.images, findings)
     check_outlines(records.annotations, records.images, findings)
     findings.add(
@@ -180,15 +181,16 @@ def _check_leaks(a: Inspection, b: Inspection, findings: Findings) -> None:
     files_a = set(files(a).values())
     shared = [name for name, path in files(b).items() if path in files_a]
     consequence = "an image on both sides of a split makes scores too good"
+    if not (a.report.json_file and b.report.json_file):
+        consequence = "of a train file: nothing new to learn; of a val file: scores get too good"
     findings.add(
         f"files of {b.name} that are in {a.name} too",
         shared,
         severity=Severity.WARNING,
         consequence=consequence,
     )
-    known = {n: p.hash for n, p in a.pictures.items() if p.hash is not None}
-    left = set(b.pictures).difference(shared)
-    new = {n: p.hash for n, p in b.pictures.items() if p.hash is not None and n in left}
+    known = _hashes(a.pictures)
+    new = {name: bits for name, bits in _hashes(b.pictures).items() if name not in set(shared)}
     if not known or not new:
         return
     twins, bits = find_twins(np.array(list(new.values())), np.array(list(known.values())))
@@ -200,3 +202,23 @@ def _check_leaks(a: Inspection, b: Inspection, findings: Findings) -> None:
         severity=Severity.WARNING,
         consequence=consequence,
     )
+
+
+def _check_copies(pictures: Mapping[str, Picture], findings: Findings) -> None:
+    """That no two images of one file look alike."""
+    hashes = _hashes(pictures)
+    if not hashes:
+        return
+    twins, bits = find_twins(np.array(list(hashes.values())))
+    names = list(hashes)
+    findings.add_rows(
+        "images that look like another one of the file",
+        np.flatnonzero(twins >= 0),
+        lambda i: f"{names[i]} like {names[twins[i]]} ({bits[i]} of {NUM_BITS} bits differ)",
+        severity=Severity.NOTE,
+        consequence="a split may part them, unless it keeps groups together",
+    )
+
+
+def _hashes(pictures: Mapping[str, Picture]) -> dict[str, np.ndarray]:
+    return {name: p.hash for name, p in pictures.items() if p.hash is not None}

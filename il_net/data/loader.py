@@ -8,7 +8,7 @@ workers, and also after a resume.
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -17,19 +17,16 @@ import cv2
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetFromList
+from detectron2.data import build_detection_train_loader, get_detection_dataset_dicts
 from detectron2.data.build import trivial_batch_collator
 from detectron2.utils import comm
-from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from .mapper import SemiMapper, random_source
+from .mapper import SemiMapper, TrainMapper, random_source
+from .robust import CheckedLoader, MappedImages, UnreadableImages, probe_headers
 from .split import Split, make_split, split_records, train_records
 
 logger = logging.getLogger(__name__)
-
-_EXIF_ORIENTATION = 0x0112
-_EXIF_TURNED = (5, 6, 7, 8)
 
 
 @dataclass(frozen=True)
@@ -52,6 +49,7 @@ class ImageStream:
         mapper: turns a record and its position into a sample.
         batch_size: of all processes together.
         seed: of the order.
+        unreadable: the account of images that are skipped.
         grouped: see above. Sizes that records lack are read from the files when their turn comes.
         pin_memory: hand out tensors from which a GPU can copy while it computes.
     """
@@ -63,15 +61,17 @@ class ImageStream:
         *,
         batch_size: int,
         seed: int,
+        unreadable: UnreadableImages,
         grouped: bool,
         pin_memory: bool = False,
     ) -> None:
         self.batch_size = batch_size
-        self._images = _MappedImages(records, mapper)
+        self._images = MappedImages(records, mapper, seed=seed, limit=unreadable.limit)
+        self._unreadable = unreadable
+        self._group = "labelled" if mapper.group == "labeled" else "unlabelled"
         self._source = random_source(seed, f"{mapper.group} order")
         self._grouped = grouped
         self._pin_memory = pin_memory
-        self._wide = [r["width"] > r["height"] if "width" in r else None for r in records]
 
     def batches(self, first: int, num_workers: int) -> Iterator[list[dict[str, Any]]]:
         """This process' share of batch `first` and all that follow.
@@ -79,6 +79,9 @@ class ImageStream:
         Args:
             first: number of a batch, from 0. Those before it cost no reading.
             num_workers: processes that map; 0 maps in this one. They end with the iterator.
+
+        Raises:
+            SystemExit: see `UnreadableImages.take`; or a worker has died.
         """
         loader = DataLoader(
             self._images,
@@ -91,15 +94,19 @@ class ImageStream:
             # Its own, because a DataLoader draws a seed, which would shift the model's draws.
             generator=torch.Generator(),
         )
-        return iter(loader)
+        return iter(CheckedLoader(loader, self._group, self._unreadable))
 
-    def index_batches(self) -> Iterator[list[tuple[int, int]]]:
-        """This process' share of every batch, as (position in the stream, index of the record)."""
+    def index_batches(self) -> Iterator[list[tuple[int, int, bool | None]]]:
+        """This process' share of every batch: position in the stream, index of the record, shape.
+
+        The shape is whether images of the batch are wide, None if they may be both.
+        """
         rank, processes = comm.get_rank(), comm.get_world_size()
         waiting: tuple[list, list] = ([], [])
         for position, index in enumerate(self._order()):
-            group = waiting[self._grouped and self._is_wide(index)]
-            group.append((position, index))
+            wide = self._images.is_wide(index) if self._grouped else None
+            group = waiting[bool(wide)]
+            group.append((position, index, wide))
             if len(group) == self.batch_size:
                 yield group[rank::processes]
                 group.clear()
@@ -108,12 +115,6 @@ class ImageStream:
         rng = np.random.default_rng(self._source)
         while True:
             yield from rng.permutation(len(self._images)).tolist()
-
-    def _is_wide(self, index: int) -> bool:
-        if self._wide[index] is None:
-            width, height = read_size(self._images.file_name(index))
-            self._wide[index] = width > height
-        return self._wide[index]
 
 
 class SemiLoader:
@@ -170,7 +171,8 @@ def build_semi_loader(cfg: CfgNode) -> SemiLoader:
 
     Raises:
         ValueError: a batch that the processes cannot share, ACCUMULATE below 1, no unlabelled
-            images, processes that find different images; see also `make_split`.
+            images or too many that cannot be read, processes that find different images; see also
+            `make_split`.
     """
     sizes = {
         "IMS_PER_BATCH": cfg.SOLVER.IMS_PER_BATCH,
@@ -186,6 +188,9 @@ def build_semi_loader(cfg: CfgNode) -> SemiLoader:
     split = make_split(cfg, records)
     groups = dict(zip(("labeled", "unlabeled"), split_records(cfg, records, split), strict=True))
     _check_records(groups["labeled"], groups["unlabeled"], sizes["IMS_PER_BATCH_UNLABELED"])
+    unreadable = UnreadableImages.from_config(cfg)
+    if sizes["IMS_PER_BATCH_UNLABELED"]:
+        _probe_unlabeled(groups["unlabeled"], unreadable.limit)
     seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
     streams: dict[str, ImageStream] = {}
     for (name, own), batch_size in zip(groups.items(), sizes.values(), strict=True):
@@ -195,6 +200,7 @@ def build_semi_loader(cfg: CfgNode) -> SemiLoader:
                 SemiMapper(cfg, name == "labeled", seed),
                 batch_size=batch_size,
                 seed=seed,
+                unreadable=unreadable,
                 grouped=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
                 pin_memory=cfg.MODEL.DEVICE.startswith("cuda"),
             )
@@ -209,29 +215,32 @@ def build_semi_loader(cfg: CfgNode) -> SemiLoader:
     )
 
 
+def build_labeled_loader(cfg: CfgNode, records: list[dict[str, Any]] | None = None) -> Iterable:
+    """Detectron2's endless loader of labelled images, which skips those that cannot be read.
+
+    Args:
+        records: dataset dicts; None: those of `DATASETS.TRAIN`, as Detectron2 takes them.
+    """
+    if records is None:
+        keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
+        records = get_detection_dataset_dicts(
+            cfg.DATASETS.TRAIN,
+            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+            min_keypoints=keypoints if cfg.MODEL.KEYPOINT_ON else 0,
+            proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
+        )
+    unreadable = UnreadableImages.from_config(cfg)
+    images = MappedImages(records, TrainMapper(cfg), seed=max(cfg.SEED, 0), limit=unreadable.limit)
+    loader = build_detection_train_loader(cfg, dataset=images, mapper=_as_it_is)
+    return CheckedLoader(loader, "labelled", unreadable)
+
+
 def share_workers(total: int, labeled: int, unlabeled: int) -> tuple[int, int]:
     """Divide workers in proportion to the batches; of 2 or more, either stream gets one."""
     own = round(total * labeled / (labeled + unlabeled))
     if total >= 2:
         own = min(max(own, 1), total - 1)
     return own, total - own
-
-
-def read_size(file_name: str) -> tuple[int, int]:
-    """Width and height of an image as Detectron2 will read it, from the file's header.
-
-    Raises:
-        ValueError: the file is no image.
-    """
-    try:
-        with Image.open(file_name) as image:
-            width, height = image.size
-            # Cameras write JPEG; to look for the tag in a PNG all of it would be decoded.
-            has_tag = image.format in ("JPEG", "MPO")
-            turned = has_tag and image.getexif().get(_EXIF_ORIENTATION) in _EXIF_TURNED
-    except OSError as error:
-        raise ValueError(f"{file_name} cannot be read as an image: {error}") from error
-    return (height, width) if turned else (width, height)
 
 
 def _check_sizes(sizes: dict[str, int], accumulate: int) -> None:
@@ -262,22 +271,20 @@ def _check_records(labeled: list[dict], unlabeled: list[dict], batch_size: int) 
         )
 
 
-class _MappedImages(Dataset):
-    """Mapped records by (position, index); the records are kept as bytes, which workers share."""
+def _probe_unlabeled(records: list[dict[str, Any]], limit: int) -> None:
+    # They are not read before burn-in ends, hours later. One process looks, and tells the others.
+    key, problem = "DATASETS.UNLABELED", ""
+    if comm.is_main_process():
+        try:
+            probe_headers(records, key, limit)
+        except ValueError as error:
+            problem = str(error)
+    if any(problems := comm.all_gather(problem)):
+        raise ValueError("".join(problems))
 
-    def __init__(self, records: list[dict[str, Any]], mapper: SemiMapper) -> None:
-        self._records = DatasetFromList(records, copy=False, serialize=True)
-        self._mapper = mapper
 
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __getitem__(self, item: tuple[int, int]) -> dict[str, Any]:
-        position, index = item
-        return self._mapper(self._records[index], position)
-
-    def file_name(self, index: int) -> str:
-        return self._records[index]["file_name"]
+def _as_it_is(sample: dict[str, Any]) -> dict[str, Any]:
+    return sample
 
 
 def _init_worker(worker: int) -> None:

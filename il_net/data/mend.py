@@ -2,7 +2,8 @@
 
 Safely: where the file and its images leave no doubt. What is doubtful stays as it is, for another
 inspection to report: sizes that may mean other coordinates, missing files, unknown categories, ids
-that stand for several images, boxes of negative size. Coordinates are pixels of the upright image.
+that stand for several images, several entries of one file with objects each or of different size,
+boxes of negative size. Coordinates are pixels of the upright image.
 """
 
 import json
@@ -15,23 +16,19 @@ from pycocotools import mask as coco_mask
 
 from .coco_checks import (
     EDGE_TOLERANCE_PX,
-    NUMBERS,
+    Sizes,
     find_box_faults,
-    has_file_name,
     image_sizes,
-    is_box,
-    is_id,
-    is_side,
     repeated_annotations,
     same_file,
 )
 from .coco_file import LISTS
+from .coco_values import has_file_name, is_area, is_box, is_id, is_polygon, is_side
 from .image_checks import Picture, Pictures, picture_of
-from .polygon_checks import draw_outline, find_outline_faults, is_polygon
+from .polygon_checks import draw_outline, find_outline_faults, read_rle
 from .polygons import clip_polygon, polygon_area, polygon_box
 
 _SCALE_TOLERANCE = 0.01
-Sizes = Mapping[int | str, tuple[float, float]]
 
 
 def mend(data: Mapping[str, Any], pictures: Pictures) -> tuple[dict[str, Any], list[str]]:
@@ -52,8 +49,11 @@ def mend(data: Mapping[str, Any], pictures: Pictures) -> tuple[dict[str, Any], l
         if key in LISTS and not isinstance(value, list):
             raise ValueError(f"a COCO file has a list '{key}'; this one can't be mended")
     done: Counter[str] = Counter()
-    images, merged = _mend_images(data["images"], pictures, done)
-    annotations = _mend_references(data.get("annotations", []), images, merged, done)
+    records = data.get("annotations", [])
+    owners = (a.get("image_id") for a in records if isinstance(a, dict))
+    annotated = {owner for owner in owners if is_id(owner)}
+    images, merged = _mend_images(data["images"], annotated, pictures, done)
+    annotations = _mend_references(records, images, merged, done)
     _set_sizes(images, annotations, pictures, done)
     sizes = _trusted_sizes(images, pictures)
     annotations = _mend_outlines(annotations, sizes, done)
@@ -66,29 +66,47 @@ def mend(data: Mapping[str, Any], pictures: Pictures) -> tuple[dict[str, Any], l
 
 
 def _mend_images(
-    records: list[Any], pictures: Pictures, done: Counter[str]
+    records: list[Any], annotated: set[int | str], pictures: Pictures, done: Counter[str]
 ) -> tuple[list[dict], dict[int | str, int | str]]:
-    """The images that can be read, each file once; and for ids that are gone those that stay."""
+    """The images, entries of a file merged where that is safe; for ids that are gone the new."""
     files_of_id = defaultdict(set)
     for image in records:
         if _is_listed(image):
             files_of_id[image["id"]].add(same_file(image["file_name"]))
-    kept, merged, first = [], {}, {}
+    annotated = set(annotated)
+    kept, merged = [], {}
+    entries: dict[str, list[dict]] = defaultdict(list)
     for image in records:
         if not isinstance(image, dict):
             done["images that are no JSON objects: dropped"] += 1
         # Whose annotations these are nobody can tell.
         elif not _is_listed(image) or len(files_of_id[image["id"]]) > 1:
             kept.append(dict(image))
-        elif pictures.get(same_file(image["file_name"]), Picture(None)).fault:
-            done["images that can't be read: dropped with their annotations"] += 1
-        elif same_file(image["file_name"]) in first:
-            merged[image["id"]] = first[same_file(image["file_name"])]
-            done["images listed again: merged with the first entry of their file"] += 1
+        elif pictures.get(same_file(image["file_name"]), Picture(None)).is_broken:
+            done["images that are broken: dropped with their annotations"] += 1
         else:
-            first[same_file(image["file_name"])] = image["id"]
-            kept.append(dict(image))
+            own = entries[same_file(image["file_name"])]
+            other = next((o for o in own if _is_same_work(image, o, annotated)), None)
+            if other is None:
+                own.append(image)
+                kept.append(dict(image))
+                continue
+            merged[image["id"]] = other["id"]
+            if image["id"] in annotated:
+                annotated.add(other["id"])
+            done["images listed again: merged with the first entry of their file"] += 1
     return kept, merged
+
+
+def _is_same_work(image: dict, other: dict, annotated: set[int | str]) -> bool:
+    """Whether two entries of a file are of one size, and at most one of them has objects.
+
+    Boxes of another size would have to be scaled, and objects of two entries may be two people's
+    view of the same ones.
+    """
+    if any(image.get(side) != other.get(side) for side in ("width", "height")):
+        return False
+    return image["id"] == other["id"] or not {image["id"], other["id"]} <= annotated
 
 
 def _is_listed(image: Any) -> bool:
@@ -144,7 +162,7 @@ def _is_other_view(image: dict, picture: Picture) -> bool:
     """Whether the recorded size is that before EXIF rotation, or of a resized copy."""
     scales = np.divide((image["width"], image["height"]), picture.size)
     resized = abs(scales[0] / scales[1] - 1) < _SCALE_TOLERANCE < np.abs(scales - 1).max()
-    return resized or (picture.orientation != 1 and picture.stored != picture.size)
+    return resized or picture.stored != picture.size
 
 
 def _trusted_sizes(images: list[dict], pictures: Pictures) -> Sizes:
@@ -225,7 +243,7 @@ def _fill(annotations: list[dict], sizes: Sizes, done: Counter[str]) -> None:
     wrong = find_outline_faults(annotations, sizes).area
     for row, a in enumerate(annotations):
         area = a.get("area")
-        if wrong[row] or type(area) not in NUMBERS or not 0 < area < np.inf:
+        if wrong[row] or not is_area(area) or area <= 0:
             area = _area(a, sizes.get(a["image_id"]))
             if area:
                 a["area"] = area
@@ -239,7 +257,8 @@ def _area(annotation: dict, size: tuple[float, float] | None) -> float:
     """Of the outline, else of the box; 0 where neither has one."""
     outline = annotation.get("segmentation")
     if isinstance(outline, dict):
-        return _rle_area(outline)
+        mask = read_rle(outline)
+        return 0.0 if mask is None else float(coco_mask.area(mask))
     if not outline:
         box = annotation.get("bbox")
         return float(box[2] * box[3]) if is_box(box) and min(box[2:]) > 0 else 0.0
@@ -249,16 +268,6 @@ def _area(annotation: dict, size: tuple[float, float] | None) -> float:
     if len(outline) > 1 and size is not None and all(map(is_polygon, outline)):
         return draw_outline(outline, *size)[0]
     return polygon_area(_cut(outline, None, None))
-
-
-def _rle_area(rle: dict) -> float:
-    """0 where pycocotools can't read it."""
-    try:
-        if isinstance(rle["counts"], list):
-            rle = coco_mask.frPyObjects(rle, *rle["size"])
-        return float(coco_mask.area(rle))
-    except (KeyError, TypeError, ValueError):
-        return 0.0
 
 
 def _drop_repeats(annotations: list[dict], done: Counter[str]) -> list[dict]:

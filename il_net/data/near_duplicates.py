@@ -34,7 +34,9 @@ def perceptual_hash(gray: np.ndarray) -> np.ndarray | None:
     return waves > np.median(waves)
 
 
-def find_twins(hashes: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def find_twins(
+    hashes: np.ndarray, others: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """For each picture the one of the other set that looks most like it.
 
     All are compared with all, as a product of matrices: 80,000 with 20,000 take about 5 s of one
@@ -43,20 +45,28 @@ def find_twins(hashes: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.n
 
     Args:
         hashes: (N, 143) bool.
-        others: (M, 143) bool, M > 0.
+        others: (M, 143) bool; None compares each with those before it.
 
     Returns:
         (N,) int64: the row of `others`, the first of the nearest; -1 where all differ in more than
         `MAX_DIFFERENT_BITS` bits. (N,) int64: in how many bits it differs.
     """
+    among_themselves = others is None
+    if others is None:
+        others = hashes
     # A product of signs counts the bits that agree less those that differ.
     signs, other_signs = (np.where(bits, 1, -1).astype(np.float32) for bits in (hashes, others))
     twins = np.full(len(signs), -1, dtype=np.int64)
     agreement = np.full(len(signs), NUM_BITS - 2 * MAX_DIFFERENT_BITS - 1, dtype=np.float32)
     for start in range(0, len(signs), _BLOCK[0]):
         rows = slice(start, start + _BLOCK[0])
-        for other in range(0, len(other_signs), _BLOCK[1]):
-            found = signs[rows] @ other_signs[other : other + _BLOCK[1]].T
+        last = min(rows.stop, len(signs)) if among_themselves else len(other_signs)
+        for other in range(0, last, _BLOCK[1]):
+            found = signs[rows] @ other_signs[other : min(other + _BLOCK[1], last)].T
+            if among_themselves:
+                # Not itself, and each pair once: only with pictures before the row's own.
+                later = found[:, max(start - other, 0) :]
+                later[np.tri(*later.shape, min(start - other, 0) - 1) == 0] = -NUM_BITS
             nearer = start + np.flatnonzero(found.max(axis=1) > agreement[rows])
             agreement[nearer] = found[nearer - start].max(axis=1)
             twins[nearer] = other + found[nearer - start].argmax(axis=1)

@@ -5,29 +5,22 @@ looked at alone. Coordinates are pixels of the upright image. A annotations, R r
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
 
 import numpy as np
+import shapely
 from pycocotools import mask as coco_mask
 
-from .coco_checks import (
-    EDGE_TOLERANCE_PX,
-    NUMBERS,
-    image_limits,
-    image_sizes,
-    is_box,
-    name_annotation,
-)
+from .coco_checks import EDGE_TOLERANCE_PX, Sizes, image_limits, image_sizes, name_annotation
+from .coco_values import is_area, is_box, is_polygon, is_side
+from .masks import Rle, to_rle
 from .polygons import MIN_AREA_PX, clip_polygon
 from .report import Findings, Severity
 
-Sizes = Mapping[int | str, tuple[float, float]]
 # Boxes are often rounded: first the corner, then the side, each by less than a pixel.
 BOX_TOLERANCE_PX = 2 * EDGE_TOLERANCE_PX
-LARGEST_PX = 1e8  # beyond any image
 _CHUNK = 5000  # annotations measured together: of a hundred thousand the points fill gigabytes
 
 
@@ -35,11 +28,12 @@ _CHUNK = 5000  # annotations measured together: of a hundred thousand the points
 class OutlineFaults:
     """What is wrong with outlines, (A,) bool each; an annotation may have several faults.
 
-    `malformed`: no list of lists of finite numbers, or an RLE without counts. `short`: a polygon
-    with an odd number of coordinates or fewer than three points. `empty`: one without area.
-    `outside`: one that leaves its image by more than a pixel. `rle_size`: an RLE mask of another
-    size than its image. `area`, `box`: the stored one is not that of the polygons. Of an
-    annotation with another fault these two are not looked at.
+    `malformed`: no list of lists of finite numbers, or an RLE that `masks.to_rle` refuses. `short`:
+    a polygon with an odd number of coordinates or fewer than three points. `empty`: one without
+    area. `outside`: one that leaves its image by more than a pixel. `rle_size`: an RLE mask of
+    another size than its image. `crossing`: a polygon that crosses or touches itself, which is no
+    mistake by itself. `area`, `box`: the stored one is not that of the polygons. Of an annotation
+    with another fault these two are not looked at.
     """
 
     malformed: np.ndarray
@@ -47,6 +41,7 @@ class OutlineFaults:
     empty: np.ndarray
     outside: np.ndarray
     rle_size: np.ndarray
+    crossing: np.ndarray
     area: np.ndarray
     box: np.ndarray
 
@@ -55,7 +50,8 @@ class OutlineFaults:
 class _Rings:
     """Well-formed polygons of all annotations: whose they are, corners and measures.
 
-    `owner` (R,); `low`, `high` (R, 2): the corners of their boxes; `area`, `length` (R,).
+    `owner` (R,); `low`, `high` (R, 2): the corners of their boxes; `area`, `length` (R,);
+    `simple` (R,) bool: whether they neither cross nor touch themselves.
     """
 
     owner: np.ndarray
@@ -63,6 +59,7 @@ class _Rings:
     high: np.ndarray
     area: np.ndarray
     length: np.ndarray
+    simple: np.ndarray
 
     @classmethod
     def measure(cls, rings: Sequence[list[float]], owner: Sequence[int]) -> "_Rings":
@@ -83,14 +80,12 @@ class _Rings:
             np.maximum.reduceat(points, starts, axis=0),
             np.abs(np.add.reduceat(cross, starts)) / 2,
             np.add.reduceat(np.hypot(*(after - local).T), starts),
+            shapely.is_valid(
+                shapely.polygons(
+                    shapely.linearrings(points, indices=np.repeat(np.arange(len(sizes)), sizes))
+                )
+            ),
         )
-
-
-def is_polygon(polygon: Any) -> bool:
-    """Whether it is a list of finite numbers within reason; NaN is no such number."""
-    if not (isinstance(polygon, list) and NUMBERS.issuperset(map(type, polygon))):
-        return False
-    return bool(np.abs(np.array(polygon, dtype=np.float64)).max(initial=0) <= LARGEST_PX)
 
 
 def find_outline_faults(annotations: Sequence[dict], sizes: Sizes) -> OutlineFaults:
@@ -125,7 +120,7 @@ def _find_faults(annotations: Sequence[dict], sizes: Sizes) -> OutlineFaults:
             rings += good
             owner += [row] * len(good)
     if not rings:
-        return OutlineFaults(malformed, short, none, none, rle_size, none, none)
+        return OutlineFaults(malformed, short, none, none, rle_size, none, none, none)
     measured = _Rings.measure(rings, owner)
     limits = image_limits(annotations, sizes)
     over = np.maximum(-measured.low, measured.high - limits[measured.owner]).max(axis=1)
@@ -135,17 +130,28 @@ def _find_faults(annotations: Sequence[dict], sizes: Sizes) -> OutlineFaults:
     for i in np.flatnonzero(measured.area < MIN_AREA_PX):
         empty[measured.owner[i]] |= _has_no_area(rings[i])
     whole = ~(malformed | short | empty)
+    crossing = none.copy()
+    crossing[measured.owner[~measured.simple]] = True
     area, box = _disagreements(annotations, measured, whole & ~outside, limits)
-    return OutlineFaults(malformed, short, empty, outside, rle_size, area, box)
+    return OutlineFaults(malformed, short, empty, outside, rle_size, crossing & whole, area, box)
 
 
 def _rle_faults(rle: dict, size: tuple[float, float] | None) -> tuple[bool, bool]:
     """Whether it is malformed, and whether its size is another one."""
-    found = rle.get("size")
-    sound = (
-        isinstance(found, list) and len(found) == 2 and isinstance(rle.get("counts"), list | str)
-    )
-    return not sound, sound and size is not None and tuple(found) != size[::-1]
+    if read_rle(rle) is None:
+        return True, False
+    return False, size is not None and tuple(rle["size"]) != size[::-1]
+
+
+def read_rle(rle: dict) -> Rle | None:
+    """A mask of run lengths in the size that it names itself, if it is one."""
+    size = rle.get("size")
+    if not (isinstance(size, list) and len(size) == 2 and all(map(is_side, size))):
+        return None
+    try:
+        return to_rle(rle, *map(int, size))
+    except ValueError:
+        return None
 
 
 def _has_no_area(ring: list[float]) -> bool:
@@ -208,7 +214,7 @@ def draw_outline(
 
 def stored_areas(annotations: Sequence[dict]) -> np.ndarray:
     """(A,) float: the numbers `area`, NaN where there is none."""
-    areas = [a["area"] if type(a.get("area")) in NUMBERS else np.nan for a in annotations]
+    areas = [a["area"] if is_area(a.get("area")) else np.nan for a in annotations]
     return np.array(areas, dtype=np.float64)
 
 
@@ -226,7 +232,7 @@ def check_outlines(annotations: list[dict], images: list[dict], findings: Findin
     warning, error = Severity.WARNING, Severity.ERROR
     for kind, mask, severity, consequence in (
         (
-            "segmentations that are neither lists of lists of finite numbers nor RLE",
+            "segmentations that are neither lists of lists of finite numbers nor sound RLE",
             faults.malformed, error, "",
         ),
         ("RLE masks of another size than their image", faults.rle_size, error, ""),
@@ -245,6 +251,10 @@ def check_outlines(annotations: list[dict], images: list[dict], findings: Findin
             "COCO's small, medium and large go by the stored area",
         ),
         ("boxes that are not those of the polygons", faults.box, warning, ""),
+        (
+            "objects whose outline crosses or touches itself", faults.crossing, Severity.NOTE,
+            "what is wound around twice is not in the mask",
+        ),
         (
             "objects without 'segmentation' beside others that have one", without, warning,
             "MODEL.MASK_ON refuses the file",

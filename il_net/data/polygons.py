@@ -14,7 +14,6 @@ from shapely.geometry.base import BaseGeometry
 
 # Less than this is no object but what rounding left of an edge.
 MIN_AREA_PX = 1e-3
-_LARGEST_PX = 1e9
 
 
 def clip_polygon(points: np.ndarray, width: float, height: float) -> list[np.ndarray]:
@@ -32,11 +31,11 @@ def clip_polygon(points: np.ndarray, width: float, height: float) -> list[np.nda
         rings in an order of their own; none if nothing of at least `MIN_AREA_PX` is left.
 
     Raises:
-        ValueError: a coordinate that is no number, or is beyond reason.
+        ValueError: a coordinate that is not finite.
     """
     points = np.asarray(points, dtype=np.float64).reshape(-1, 2)
-    if not (np.abs(points) <= _LARGEST_PX).all():
-        raise ValueError(f"polygon coordinates must be numbers up to {_LARGEST_PX:g} pixels")
+    if not np.isfinite(points).all():
+        raise ValueError("polygon coordinates must be finite numbers")
     points = without_repeats(points)
     if len(points) < 3:
         return []

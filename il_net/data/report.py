@@ -116,6 +116,19 @@ class Findings:
         """Add a fatal fact about the file as a whole."""
         self.problems.append(Problem(kind, 1, (), Severity.ERROR))
 
+    def raise_fatal(self, source: str) -> None:
+        """Stop if anything is fatal.
+
+        Args:
+            source: what the problems are of, for the message.
+
+        Raises:
+            ValueError: names all fatal problems.
+        """
+        fatal = [str(p).removeprefix("error: ") for p in self.problems if p.fatal]
+        if fatal:
+            raise ValueError(f"{source}: {'; '.join(fatal)}")
+
     def add_rows(
         self,
         kind: str,

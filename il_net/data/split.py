@@ -11,8 +11,6 @@ import logging
 import os
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from fractions import Fraction
-from math import floor
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,7 @@ from detectron2.utils import comm
 
 from .sources import find_path
 from .split_file import ImageId, read_labeled, split_document
-from .stratify import order_by_hash, stratify
+from .stratify import floor_share, order_by_hash, stratify
 
 logger = logging.getLogger(__name__)
 
@@ -47,16 +45,20 @@ class Split:
     unlabeled: tuple[ImageId, ...]
 
 
-def count_labeled(percent: float, total: int) -> int:
+def count_labeled(percent: float, total: int, key: str = _PERCENT) -> int:
     """floor(percent / 100 * total) of the decimal number as written, at least 1.
+
+    Args:
+        percent: of the images.
+        total: how many there are.
+        key: where the percentage was written, for the message.
 
     Raises:
         ValueError: not above 0 and at most 100.
     """
     if not 0 < percent <= 100:
-        raise ValueError(f"{_PERCENT} must be above 0 and at most 100, got {percent}")
-    # 0.29 * 100 is 28.999... in binary.
-    return max(1, floor(Fraction(str(percent)) * total / 100))
+        raise ValueError(f"{key} must be above 0 and at most 100, got {percent}")
+    return max(1, floor_share(percent, total, whole=100))
 
 
 def draw_labeled(
@@ -66,6 +68,7 @@ def draw_labeled(
     *,
     nested: bool = False,
     classes: Mapping[ImageId, Collection[int]] | None = None,
+    key: str = _PERCENT,
 ) -> tuple[ImageId, ...]:
     """The ids that keep their labels, sorted; their order in `ids` does not matter.
 
@@ -75,8 +78,9 @@ def draw_labeled(
         seed: another one draws other images.
         nested: draw so that the images of a smaller percentage are among those of a larger one.
         classes: the classes in each image, for a stratified draw: see `stratify`.
+        key: see `count_labeled`.
     """
-    count = count_labeled(percent, len(ids))
+    count = count_labeled(percent, len(ids), key)
     # Nested draws are prefixes of one order; others have an order for every percentage.
     salt = str(seed) if nested else f"{seed}/{float(percent)}"
     order = order_by_hash(ids, salt)

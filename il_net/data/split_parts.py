@@ -9,36 +9,12 @@ import posixpath
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
-from fractions import Fraction
-from math import floor
 from typing import Any
 
-from .coco_checks import check_annotations, check_categories, check_images, check_references
-from .coco_file import read_coco
-from .report import Findings
 from .split_file import ImageId
-from .stratify import PossibleSums, add_up, order_by_hash, stratify
+from .stratify import PossibleSums, add_up, floor_share, order_by_hash, stratify
 
 Groups = dict[ImageId, list[ImageId]]
-
-
-def read_sound_coco(json_file: str) -> dict[str, Any]:
-    """A COCO file whose images, annotations and categories can be told apart by their ids.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: not a COCO file, or fatal problems of `il_net.data.coco_checks` in its records.
-    """
-    data = read_coco(json_file)
-    findings = Findings()
-    categories = check_categories(data["categories"], findings)
-    images = check_images(data["images"], findings)
-    annotations = check_annotations(data["annotations"], findings, "minival" in str(json_file))
-    check_references(annotations, images, categories, findings)
-    fatal = [str(p).removeprefix("error: ") for p in findings.problems if p.fatal]
-    if fatal:
-        raise ValueError(f"{json_file}: {'; '.join(fatal)}")
-    return data
 
 
 def count_objects(annotations: Iterable[Mapping[str, Any]]) -> Counter:
@@ -132,8 +108,7 @@ def count_train(fraction: float, total: int) -> int:
     """
     if not 0 < fraction < 1:
         raise ValueError(f"--fraction must be above 0 and below 1, got {fraction}")
-    # 0.29 * 100 is 28.999... in binary.
-    return floor(Fraction(str(fraction)) * total)
+    return floor_share(fraction, total)
 
 
 def draw_train(

@@ -15,15 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from .coco_checks import (
-    NUMBERS,
-    check_annotations,
-    check_boxes,
-    check_categories,
-    check_images,
-    check_references,
-)
-from .report import Findings
+from .coco_values import is_area
 
 # Areas in pixels from which COCO's metrics call an object medium and large.
 COCO_AREAS = (32**2, 96**2)
@@ -31,7 +23,7 @@ SMALLEST_BIN = 0.001  # bins are labelled with three decimals
 
 
 @dataclass(frozen=True)
-class Objects:
+class SplitObjects:
     """The objects of one split.
 
     Args:
@@ -53,11 +45,11 @@ class Objects:
     area: np.ndarray
     num_crowd: int = 0
 
-    def of(self, categories: Sequence[int]) -> "Objects":
+    def of(self, categories: Sequence[int]) -> "SplitObjects":
         """The objects of some classes; all images stay."""
         kept = np.isin(self.category, categories)
         arrays = (a[kept] for a in (self.image, self.category, self.size, self.area))
-        return Objects(self.split, self.num_images, *arrays, self.num_crowd)
+        return SplitObjects(self.split, self.num_images, *arrays, self.num_crowd)
 
 
 @dataclass(frozen=True)
@@ -84,27 +76,6 @@ class Table:
         return self.counts / np.maximum(self.counts.sum(axis=0), 1)
 
 
-def check_splits(datasets: dict[str, dict[str, Any]]) -> None:
-    """Check that the records can be counted.
-
-    Args:
-        datasets: COCO files as `read_coco` reads them, by any name for the message.
-
-    Raises:
-        ValueError: malformed records, ids used twice or unknown, in any of them.
-    """
-    for name, data in datasets.items():
-        findings = Findings()
-        categories = check_categories(data["categories"], findings)
-        images = check_images(data["images"], findings)
-        annotations = check_annotations(data["annotations"], findings, "minival" in name)
-        check_references(annotations, images, categories, findings)
-        check_boxes(annotations, images, findings)
-        fatal = [f"  {problem}" for problem in findings.problems if problem.fatal]
-        if fatal:
-            raise ValueError("\n".join([f"{name} cannot be counted:", *fatal]))
-
-
 def class_names(datasets: dict[str, dict[str, Any]]) -> tuple[str, ...]:
     """The classes of all splits by name: the first file's sorted by id, then what others add."""
     names: dict[str, None] = {}
@@ -114,8 +85,8 @@ def class_names(datasets: dict[str, dict[str, Any]]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def collect(split: str, data: dict[str, Any], names: Sequence[str]) -> Objects:
-    """The objects of a COCO file that `check_splits` has passed.
+def collect(split: str, data: dict[str, Any], names: Sequence[str]) -> SplitObjects:
+    """The objects of a COCO file that `check_sound` has passed, boxes included.
 
     Args:
         split: name for the columns.
@@ -131,8 +102,8 @@ def collect(split: str, data: dict[str, Any], names: Sequence[str]) -> Objects:
     boxes = np.array([a["bbox"] for a in objects], dtype=np.float64).reshape(-1, 4)
     box_area = boxes[:, 2] * boxes[:, 3]
     own = (a.get("area") for a in objects)
-    area = [a if type(a) in NUMBERS else box for a, box in zip(own, box_area, strict=True)]
-    return Objects(
+    area = [a if is_area(a) else box for a, box in zip(own, box_area, strict=True)]
+    return SplitObjects(
         split=split,
         num_images=len(number),
         image=image,
@@ -143,13 +114,13 @@ def collect(split: str, data: dict[str, Any], names: Sequence[str]) -> Objects:
     )
 
 
-def per_category(splits: Sequence[Objects], names: Sequence[str]) -> Table:
-    """Objects of every class (Fig. 2.20a, 2.28), in the order of `names`."""
+def per_category(splits: Sequence[SplitObjects], names: Sequence[str]) -> Table:
+    """SplitObjects of every class (Fig. 2.20a, 2.28), in the order of `names`."""
     columns = [np.bincount(s.category, minlength=len(names)) for s in splits]
     return _table("category", "instances", names, splits, columns)
 
 
-def categories_in_image(splits: Sequence[Objects]) -> Table:
+def categories_in_image(splits: Sequence[SplitObjects]) -> Table:
     """Images with 0, 1, 2, ... different classes (Fig. 2.20b, 2.30a)."""
     values = []
     for split in splits:
@@ -158,13 +129,13 @@ def categories_in_image(splits: Sequence[Objects]) -> Table:
     return _exact("categories in an image", splits, values)
 
 
-def instances_in_image(splits: Sequence[Objects]) -> Table:
+def instances_in_image(splits: Sequence[SplitObjects]) -> Table:
     """Images with 0, 1, 2, ... objects (Fig. 2.21, 2.29)."""
     values = [num_instances(split) for split in splits]
     return _exact("instances in an image", splits, values)
 
 
-def num_instances(split: Objects) -> np.ndarray:
+def num_instances(split: SplitObjects) -> np.ndarray:
     """(I,) int: objects of every image."""
     return np.bincount(split.image, minlength=split.num_images)
 
@@ -184,8 +155,8 @@ def size_bins(width: float) -> tuple[float, ...]:
     return tuple(min(1.0, width * i) for i in range(1, count + 1))
 
 
-def instance_size(splits: Sequence[Objects], width: float) -> Table:
-    """Objects by the share of the image that their box takes (Fig. 2.22, 2.30b).
+def instance_size(splits: Sequence[SplitObjects], width: float) -> Table:
+    """SplitObjects by the share of the image that their box takes (Fig. 2.22, 2.30b).
 
     A bin is labelled by its upper edge. A size exactly on an edge is in the next bin; 1 and more
     (boxes that leave their image) is in the last.
@@ -200,8 +171,8 @@ def instance_size(splits: Sequence[Objects], width: float) -> Table:
     return _table("box area / image area, up to", "instances", rows, splits, columns)
 
 
-def coco_sizes(splits: Sequence[Objects]) -> Table:
-    """Objects that COCO's metrics call small, medium and large, by `Objects.area`."""
+def coco_sizes(splits: Sequence[SplitObjects]) -> Table:
+    """SplitObjects that COCO's metrics call small, medium and large, by `SplitObjects.area`."""
     columns = [
         np.bincount(np.searchsorted(COCO_AREAS, s.area, side="right"), minlength=3) for s in splits
     ]
@@ -220,7 +191,7 @@ def write_table(path: Path, table: Table) -> None:
             writer.writerow([row, *counts.tolist(), *(f"{share:.6f}" for share in own)])
 
 
-def _exact(label: str, splits: Sequence[Objects], values: Sequence[np.ndarray]) -> Table:
+def _exact(label: str, splits: Sequence[SplitObjects], values: Sequence[np.ndarray]) -> Table:
     """How many images have every value from 0 to the highest of all splits."""
     highest = max(int(v.max(initial=0)) for v in values)
     columns = [np.bincount(v, minlength=highest + 1) for v in values]
@@ -231,7 +202,7 @@ def _table(
     label: str,
     unit: str,
     rows: Sequence[str],
-    splits: Sequence[Objects],
+    splits: Sequence[SplitObjects],
     columns: Sequence[np.ndarray],
 ) -> Table:
     names = tuple(s.split for s in splits)

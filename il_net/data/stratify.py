@@ -6,6 +6,8 @@ For the splits of thesis sections 2.4 to 2.6; the thesis itself drew without str
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from fractions import Fraction
+from math import floor
 
 from .split_file import ImageId
 
@@ -13,6 +15,14 @@ from .split_file import ImageId
 def order_by_hash(ids: Iterable[ImageId], salt: str) -> list[ImageId]:
     """The ids in an order that depends on `salt` and on each id alone."""
     return sorted(ids, key=lambda i: hashlib.sha256(f"{salt}/{i}".encode()).digest())
+
+
+def floor_share(share: float, total: int, *, whole: int = 1) -> int:
+    """floor(share / whole * total) of the decimal number as written: 0.29 of 100 is 29.
+
+    In binary, 0.29 * 100 is 28.999... A percentage has a `whole` of 100.
+    """
+    return floor(Fraction(str(share)) * total / whole)
 
 
 class PossibleSums:

@@ -10,17 +10,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .coco_checks import (
-    NUMBERS,
     check_annotations,
     check_boxes,
     check_categories,
     check_files,
     check_images,
     check_references,
-    has_file_name,
     name_annotation,
 )
 from .coco_file import LISTS, read_coco_json
+from .coco_values import has_file_name, is_area
 from .report import Findings, Report
 
 if TYPE_CHECKING:
@@ -122,7 +121,7 @@ def check_records(
     annotations = check_annotations(data["annotations"], findings, "minival" in json_file)
     if scored:
         kind = "annotations without a number 'area', which COCO's metrics need"
-        bad = [name_annotation(a) for a in annotations if type(a.get("area")) not in NUMBERS]
+        bad = [name_annotation(a) for a in annotations if not is_area(a.get("area"))]
         findings.add(kind, bad)
         kind = "annotations without 'iscrowd', which COCO's metrics need"
         findings.add(kind, [name_annotation(a) for a in annotations if "iscrowd" not in a])

@@ -5,14 +5,15 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import torch
 from detectron2.engine import HookBase
 from detectron2.structures import Instances
 from detectron2.utils import comm
 from torch import nn
 
+from ..checkpoint_files import write_state
 from ..modeling.teacher_student import TeacherStudentRCNN
 from ..predict import draw
+from ..safe_load import load_pth
 
 logger = logging.getLogger(__name__)
 
@@ -21,25 +22,17 @@ PATIENCE = 500
 
 
 class TeacherUpdate(HookBase):
-    """Copy or average the student into the teacher before each step, and seed the step.
-
-    A step's random numbers depend on seed, iteration and rank alone, so that a resumed run draws
-    what an uninterrupted one would.
+    """Copy or average the student into the teacher before each step.
 
     Args:
         model: the teacher-student model, without DDP around it.
-        seed: ``SEED``; negative: steps are not seeded.
     """
 
-    def __init__(self, model: TeacherStudentRCNN, seed: int) -> None:
+    def __init__(self, model: TeacherStudentRCNN) -> None:
         self.model = model
-        self.seed = seed
 
     def before_step(self) -> None:
         """Runs before the trainer's forward pass."""
-        if self.seed >= 0:
-            rank, ranks = comm.get_rank(), comm.get_world_size()
-            torch.manual_seed(self.seed * 10**9 + self.trainer.iter * ranks + rank)
         self.model.update_teacher(self.trainer.iter)
 
 
@@ -141,8 +134,11 @@ class BestModel(HookBase):
     def before_train(self) -> None:
         """Runs once; a resumed run goes on with what the file holds."""
         if self.trainer.start_iter > 0 and self.path.is_file():
-            kept = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)
-            self.best = kept["metrics"].get(self.metric, self.best)
+            try:
+                kept = load_pth(str(self.path), mmap=True)
+                self.best = kept["metrics"].get(self.metric, self.best)
+            except (ValueError, LookupError, TypeError, AttributeError) as error:
+                logger.warning("%s can't be read and will be replaced: %s", self.path, error)
 
     def after_step(self) -> None:
         """Runs after the evaluation of this step, if there was one."""
@@ -153,9 +149,7 @@ class BestModel(HookBase):
         last = min(self.trainer.iter, self.trainer.max_iter - 1)
         metrics = {self.metric: value}
         state = {"model": self.model.state_dict(), "iteration": last, "metrics": metrics}
-        partial = self.path.with_suffix(".partial")
-        torch.save(state, partial)
-        partial.replace(self.path)  # the old file is there until the new one is whole
+        write_state(self.path, state)
         logger.info("%s %.2f is the best so far: saved %s", self.metric, value, self.path.name)
 
     def after_train(self) -> None:

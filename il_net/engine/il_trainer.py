@@ -62,7 +62,7 @@ class ILNetTrainer(Trainer):
         best = BestModel(best_metric(self.cfg), self.semisup, folder)
         writers = [h for h in standard if isinstance(h, hooks.PeriodicWriter)]
         others = [h for h in standard if h not in writers]
-        first = TeacherUpdate(self.semisup, self.cfg.SEED)
+        first = TeacherUpdate(self.semisup)
         return [first, *others, best, *compare, report, *writers]
 
     def resume_or_load(self, resume: bool = True) -> None:

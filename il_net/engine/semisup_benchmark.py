@@ -106,7 +106,7 @@ class SemisupSubject(Subject):
         self.clock = PhaseClock(self._synchronize)
         super().__init__(label, cfg, workload, **kwargs)
         self.wanted = expected_counts(cfg, workload, self.images)
-        update = TeacherUpdate(self.model, SEED)
+        update = TeacherUpdate(self.model)
         report = PseudoLabelReport(
             self.model,
             [str(k) for k in range(cfg.MODEL.ROI_HEADS.NUM_CLASSES)],
@@ -169,6 +169,7 @@ class SemisupSubject(Subject):
     def _work(self, mode: str) -> None:
         self.clock.restart()
         with self.storage:
+            torch.manual_seed(SEED)
             self.step.before_step()
             self.step.run_step()
             self.step.after_step()

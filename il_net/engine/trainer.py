@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_train_loader
 from detectron2.engine import (
     DefaultTrainer,
     HookBase,
@@ -17,15 +16,17 @@ from detectron2.engine import (
     TrainerBase,
     create_ddp_model,
 )
+from detectron2.engine.hooks import EvalHook
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..checkpoint import Checkpointer
-from ..data.split import make_split, split_digest, split_records, train_records, write_split
+from ..data.split import make_split, split_records, train_records, write_split
 from ..evaluation.build import build_evaluator
 from .nonfinite import GRADIENTS, NonFiniteGuard, anywhere, gradients_are_finite, rng_state
+from .resumable import ResumableTrainer, build_resumable_loader
 from .roi_statistics import RoIStatisticsReport, counting_modules
 
 logger = logging.getLogger(__name__)
@@ -70,18 +71,22 @@ class TrainStep(SimpleTrainer):
         """Draw the batches, sum the losses, update the weights if all is finite everywhere."""
         assert self.model.training, "the model was left in evaluation mode"
         self.optimizer.zero_grad()
-        rng, batches = rng_state(), []
+        if self.guard is not None:
+            self.guard.before_step()
+        rng, batches = [], []
         sums: dict[str, Tensor] = {}
         data_time = 0.0
         for left in reversed(range(self.accumulate)):
             start = time.perf_counter()
             batches.append(next(self._data_loader_iter))
             data_time += time.perf_counter() - start
+            rng.append(rng_state())
             # Processes exchange gradients once, with the last batch.
             wait = left and isinstance(self.model, DistributedDataParallel)
             with self.model.no_sync() if wait else contextlib.nullcontext():
                 losses = self._backward(batches[-1])
-            sums = {k: v.detach() + sums.get(k, 0.0) for k, v in losses.items()}
+            for name, loss in losses.items():
+                sums[name] = loss.detach() + sums.get(name, 0.0)
         # One transfer a step, for all losses together and after the backward pass is under way;
         # the weights change only when it has come.
         finite = self._finite_gradients().float()
@@ -108,7 +113,8 @@ class TrainStep(SimpleTrainer):
         return losses
 
     def _finite_gradients(self) -> Tensor:
-        if self.grad_scaler.is_enabled():  # it looks itself, and lowers the scale
+        # The scaler looks itself and lowers the scale; but what is left at 1 is no overflow of it.
+        if self.grad_scaler.is_enabled() and self.grad_scaler.get_scale() > 1:
             return torch.ones((), device=self.device)
         return gradients_are_finite(self.model.parameters())
 
@@ -123,7 +129,7 @@ class TrainStep(SimpleTrainer):
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
 
 
-class Trainer(DefaultTrainer):
+class Trainer(ResumableTrainer):
     """Detectron2's ``DefaultTrainer`` with this project's step, checkpointer and evaluators.
 
     Differs from its parent's constructor: the step above, and DDP also on the CPU.
@@ -150,7 +156,12 @@ class Trainer(DefaultTrainer):
             guard=guard,
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.checkpointer = Checkpointer(
+            model,
+            cfg.OUTPUT_DIR,
+            kept=cfg.SOLVER.CHECKPOINTS_KEPT,
+            trainer=weakref.proxy(self),
+        )
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
@@ -171,43 +182,28 @@ class Trainer(DefaultTrainer):
             standard.insert(-1, RoIStatisticsReport(sources, path))
         return standard
 
+    def after_train(self) -> None:
+        """As Detectron2's, which would also evaluate where the last step of all has failed."""
+        if self.iter < self.max_iter:
+            self._hooks = [h for h in self._hooks if not isinstance(h, EvalHook)]
+        super().after_train()
+
     def resume_or_load(self, resume: bool = True) -> None:
         """As Detectron2's; says from where the run goes on."""
         super().resume_or_load(resume=resume)
-        if self.start_iter:
+        if self.start_iter >= self.max_iter:
+            logger.info(
+                "All %d iterations are done, in %s: its evaluation is repeated. To train on, raise "
+                "SOLVER.MAX_ITER",
+                *(self.max_iter, self.checkpointer.get_checkpoint_file()),
+            )
+        elif self.start_iter:
             logger.info(
                 "Resumed at iteration %d of %d from %s",
                 self.start_iter,
                 self.max_iter,
                 self.checkpointer.get_checkpoint_file(),
             )
-
-    def state_dict(self) -> dict:
-        """Iteration, hooks, split and the step's state (release 0.6 leaves out the step's)."""
-        return {
-            **TrainerBase.state_dict(self),
-            "_trainer": self._trainer.state_dict(),
-            "split": split_digest(self.cfg.OUTPUT_DIR),
-        }
-
-    def load_state_dict(self, state_dict: dict) -> None:
-        """Undo ``state_dict``; warns about a checkpoint of Detectron2 0.6's own trainer.
-
-        Raises:
-            ValueError: the run had other labelled or unlabelled images.
-        """
-        before, now = state_dict.get("split"), split_digest(self.cfg.OUTPUT_DIR)
-        if before and now and before != now:
-            raise ValueError(
-                "The training images or their split into labelled and unlabelled ones are not "
-                "those of the run that goes on: restore DATASETS.TRAIN and DATASETS.SPLIT, or "
-                "start a new run from MODEL.WEIGHTS in another OUTPUT_DIR, without --resume"
-            )
-        TrainerBase.load_state_dict(self, state_dict)
-        if "_trainer" in state_dict:
-            self._trainer.load_state_dict(state_dict["_trainer"])
-        else:
-            logger.warning("The checkpoint holds no optimizer state: momentum starts at zero")
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -265,14 +261,17 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Iterable:
-        """Detectron2's, over the images that ``DATASETS.SPLIT`` leaves their labels."""
+        """Detectron2's, over the images that ``DATASETS.SPLIT`` leaves their labels.
+
+        Images that can't be read are skipped, and a resumed run sees those it would have seen.
+        """
         if cfg.DATASETS.SPLIT.PERCENT == 100 and not cfg.DATASETS.SPLIT.FILE:
-            return super().build_train_loader(cfg)
+            return build_resumable_loader(cfg)
         records = train_records(cfg)
         split = make_split(cfg, records)
         write_split(cfg.OUTPUT_DIR, split)
         labeled, _ = split_records(cfg, records, split)
-        return build_detection_train_loader(cfg, dataset=labeled)
+        return build_resumable_loader(cfg, labeled)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:

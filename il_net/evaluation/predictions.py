@@ -8,7 +8,6 @@ classes by name.
 Shape shorthand: N objects of one image.
 """
 
-import json
 import logging
 from collections import defaultdict
 from dataclasses import dataclass, replace
@@ -17,19 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from ..data.coco_checks import (
-    NUMBERS,
-    check_annotations,
-    check_boxes,
-    check_categories,
-    check_images,
-    check_references,
-    name_annotation,
-)
-from ..data.coco_file import read_coco
+from ..data.coco_checks import name_annotation
+from ..data.coco_file import check_lists, read_coco, read_json
+from ..data.coco_values import NUMBERS
+from ..data.masks import Rle, to_rle
 from ..data.report import Findings
+from ..data.sound_coco import check_sound
 from .file_names import match_names
-from .masks import Rle, to_rle
 
 logger = logging.getLogger(__name__)
 
@@ -111,17 +104,15 @@ def read_predictions(json_file: str | Path, truth: Labels | None, *, masks: bool
         FileNotFoundError: there is no such file.
         ValueError: it is neither, is malformed or does not fit the truth.
     """
-    if not Path(json_file).is_file():
-        raise FileNotFoundError(f"there is no file {json_file}")
-    with open(json_file, "rb") as file:
-        is_list = file.read(100).lstrip().startswith(b"[")
-    if not is_list:
-        return parse_predictions(read_coco(json_file), str(json_file), truth, masks=masks)
-    try:
-        results = json.loads(Path(json_file).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{json_file} is not JSON: {error}") from error
-    return parse_predictions(results, str(json_file), truth, masks=masks)
+    data = read_json(json_file)
+    if isinstance(data, dict):
+        check_lists(data, str(json_file))
+    elif not isinstance(data, list):
+        raise ValueError(
+            f"{json_file} holds a JSON {type(data).__name__}; predictions are a COCO results list, "
+            "or a COCO file with scores"
+        )
+    return parse_predictions(data, str(json_file), truth, masks=masks)
 
 
 def parse_predictions(
@@ -173,24 +164,18 @@ def _as_document(results: list[Any], truth: Labels) -> dict[str, Any]:
 
 
 def _parse(data: dict[str, Any], source: str, masks: bool, *, scored: bool) -> Labels:
-    findings = Findings()
-    categories = check_categories(data["categories"], findings)
-    images = check_images(data["images"], findings)
-    annotations = check_annotations(data["annotations"], findings, repeated_ids_tolerated=False)
-    check_references(annotations, images, categories, findings)
-    check_boxes(annotations, images, findings)
+    check_sound(data, source, boxes=True)
     if scored:
+        findings = Findings()
         findings.add(
             "detections without a 'score' from 0 to 1 (is this a truth file?)",
-            [name_annotation(a) for a in annotations if not _is_score(a.get("score"))],
+            [name_annotation(a) for a in data["annotations"] if not _is_score(a.get("score"))],
         )
-    fatal = [str(p).removeprefix("error: ") for p in findings.problems if p.fatal]
-    if fatal:
-        raise ValueError(f"{source}: {'; '.join(fatal)}")
-    categories.sort(key=lambda category: category["id"])
+        findings.raise_fatal(source)
+    categories = sorted(data["categories"], key=lambda category: category["id"])
     class_of = {category["id"]: i for i, category in enumerate(categories)}
     by_image = defaultdict(list)
-    for annotation in annotations:
+    for annotation in data["annotations"]:
         by_image[annotation["image_id"]].append(annotation)
     return Labels(
         tuple(category["name"] for category in categories),
@@ -200,7 +185,7 @@ def _parse(data: dict[str, Any], source: str, masks: bool, *, scored: bool) -> L
                 *(image[key] for key in ("id", "file_name", "height", "width")),
                 _objects(by_image.pop(image["id"], []), class_of, image, source, masks, scored),
             )
-            for image in images
+            for image in data["images"]
         ),
     )
 
@@ -222,9 +207,10 @@ def _objects(
     if not masks:
         shapes = np.array([a["bbox"] for a in annotations], dtype=np.float64).reshape(-1, 4)
     else:
+        height, width = int(image["height"]), int(image["width"])
         for annotation in annotations:
             try:
-                mask = to_rle(annotation.get("segmentation"), image["height"], image["width"])
+                mask = to_rle(annotation.get("segmentation"), height, width)
             except ValueError as error:
                 raise ValueError(
                     f"{source}: {name_annotation(annotation)}: masks are needed here, but {error}"

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pycocotools.mask as mask_util
 
-from .masks import Rle
+from ..data.masks import Rle
 from .predictions import Labels, Objects
 
 
@@ -25,7 +25,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Severity:
+class CoveredShare:
     """One content class in one image.
 
     Attributes:
@@ -80,7 +80,7 @@ class ClassSummary:
 
 def measure(
     groups: Sequence[Group], truth: Labels | None, predictions: Labels, *, min_score: float = 0.5
-) -> list[Severity]:
+) -> list[CoveredShare]:
     """The severity of every content class in every image, image by image.
 
     It is the area of the union of the content's masks, as far as it lies in the union of the
@@ -111,7 +111,7 @@ def measure(
             if labels is not None:
                 true = _shares(labels, group, predictions.classes)
             rows += [
-                Severity(image.image_id, image.file_name, group.container, c, true[c], share)
+                CoveredShare(image.image_id, image.file_name, group.container, c, true[c], share)
                 for c, share in predicted.items()
             ]
     return rows
@@ -157,21 +157,21 @@ def _union(objects: Objects, category: int) -> Rle | None:
     return mask_util.merge([objects.shapes[i] for i in chosen]) if len(chosen) else None
 
 
-def summarize(rows: Sequence[Severity], *, with_truth: bool) -> list[ClassSummary]:
+def summarize(rows: Sequence[CoveredShare], *, with_truth: bool) -> list[ClassSummary]:
     """Means by container and content, in the order of their first rows.
 
     Args:
         rows: of :func:`measure`.
         with_truth: whether there was any.
     """
-    by_class: dict[tuple[str, str], list[Severity]] = {}
+    by_class: dict[tuple[str, str], list[CoveredShare]] = {}
     for row in rows:
         by_class.setdefault((row.container, row.content), []).append(row)
     return [_summarize(*key, found, with_truth) for key, found in by_class.items()]
 
 
 def _summarize(
-    container: str, content: str, rows: Sequence[Severity], with_truth: bool
+    container: str, content: str, rows: Sequence[CoveredShare], with_truth: bool
 ) -> ClassSummary:
     used = [r for r in rows if r.predicted is not None and (r.truth is not None or not with_truth)]
     affected = [r for r in used if r.truth]
@@ -195,7 +195,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def write_severities(path: Path, rows: Sequence[Severity]) -> None:
+def write_severities(path: Path, rows: Sequence[CoveredShare]) -> None:
     """A CSV file with a line per image and content class; unknown shares are empty."""
     names = ("image_id", "file_name", "container", "content", "truth", "predicted", "error")
     path.parent.mkdir(parents=True, exist_ok=True)

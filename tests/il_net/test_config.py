@@ -94,6 +94,142 @@ def test_value_of_the_wrong_type_names_the_key(tmp_path, value):
         load_config("", ["SOLVER.MAX_ITER", value])
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "rest"),
+    [
+        ("MODEL.MASK_ON", "true", "True or False, got 'true'; write True"),
+        ("MODEL.MASK_ON", "0", "True or False, got 0; write False"),
+        ("SOLVER.MAX_ITER", "1e5", "a whole number, got 100000.0; write 100000"),
+        ("SOLVER.MAX_ITER", "None", "a whole number, got None; write a number as 40000"),
+        ("SOLVER.MAX_ITER", "[500]", "a whole number, got [500]; write 500"),
+        ("SOLVER.BASE_LR", "0,02", "a number, got '0,02'; write 0.02"),
+        ("SOLVER.BASE_LR", "0,5", "a number, got (0, 5); write 0.5"),
+        ("SOLVER.BASE_LR", "True", "a number, got True; write a number as 0.001"),
+        ("SOLVER.STEPS", "(100)", "a list of numbers, got 100; write [100]"),
+        ("SOLVER.STEPS", "['6e4']", "a list of numbers, got ['6e4']; write a list as [30000]"),
+        ("SOLVER.STEPS", "((1, 2),)", "a list of numbers, got ((1, 2),); write a list as [30000]"),
+        ("MODEL.RPN.IN_FEATURES", "p2", "a list of texts, got 'p2'; write ['p2']"),
+        ("MODEL.FPN.IN_FEATURES", "[1]", "a list of texts, got [1]; write a list as ['res2']"),
+        ("OUTPUT_DIR", "2017", "a text, got 2017; write \"'2017'\""),
+        ("SOLVER.AMP", "True", "a group of keys, got 'True'; write keys in it, ENABLED for one"),
+    ],
+)
+def test_wrong_type_says_what_to_write(key, value, rest):
+    with pytest.raises(ValueError) as error:
+        load_config("", [key, value])
+    assert str(error.value) == f"command line: {key} is {rest}"
+
+
+@pytest.mark.parametrize(
+    ("text", "rest"),
+    [
+        ("MODEL: {MASK_ON: 'yes'}", "MODEL.MASK_ON is True or False, got 'yes'; write True"),
+        ("SOLVER: {MAX_ITER: }", "SOLVER.MAX_ITER is a whole number, got None; write a number"),
+        ("SOLVER: {STEPS: 100}", "SOLVER.STEPS is a list of numbers, got 100; write [100]"),
+        ("SOLVER: {STEPS: [6e4]}", "SOLVER.STEPS is a list of numbers, got ['6e4']; write a list"),
+        ("SOLVER: {BASE_LR: [0.1]}", "SOLVER.BASE_LR is a number, got [0.1]; write 0.1"),
+        ("SOLVER: 0.1", "SOLVER is a group of keys, got 0.1; write keys in it, "),
+        ("SOLVER:", "SOLVER is a group of keys, got None; write keys in it, "),
+        ("OUTPUT_DIR: 2017-01-01", "OUTPUT_DIR is a text, got datetime.date(2017, 1, 1); write a"),
+        ("1: 2", "there is no configuration key 1."),
+        ("DATASETS: 5", "DATASETS is a group of keys, got 5; write keys in it, "),
+    ],
+)
+def test_wrong_type_in_a_file_says_what_to_write(tmp_path, text, rest):
+    path = write(tmp_path, text)
+    with pytest.raises(ValueError) as error:
+        load_config(path, [])
+    assert str(error.value).startswith(f"{path}: {rest}")
+
+
+def test_what_a_command_line_says_is_right_and_works():
+    """The spellings that the messages above tell to write."""
+    opts = [
+        *("MODEL.MASK_ON", "True", "SOLVER.MAX_ITER", "100000", "SOLVER.BASE_LR", "0.02"),
+        *("SOLVER.STEPS", "[100]", "MODEL.RPN.IN_FEATURES", "['p2']", "OUTPUT_DIR", "'2017'"),
+    ]
+    cfg = load_config("", opts)
+    assert (cfg.MODEL.MASK_ON, cfg.SOLVER.MAX_ITER, cfg.SOLVER.BASE_LR) == (True, 100000, 0.02)
+    assert (cfg.SOLVER.STEPS, cfg.MODEL.RPN.IN_FEATURES, cfg.OUTPUT_DIR) == ((100,), ["p2"], "2017")
+
+
+def test_none_where_the_default_is_none_and_flat_anchors():
+    cfg = load_config("", ["SOLVER.WEIGHT_DECAY_BIAS", "0.1"])
+    assert cfg.SOLVER.WEIGHT_DECAY_BIAS == 0.1
+    opts = ["SOLVER.WEIGHT_DECAY_BIAS", "None", "MODEL.ANCHOR_GENERATOR.SIZES", "[32, 64.5]"]
+    cfg = load_config("", opts)
+    assert cfg.SOLVER.WEIGHT_DECAY_BIAS is None
+    assert cfg.MODEL.ANCHOR_GENERATOR.SIZES == [32, 64.5]
+
+
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [
+        ("BASE_LR", "SOLVER.BASE_LR"),  # in no node
+        ("MODEL.MAX_ITER", "SOLVER.MAX_ITER"),  # in another
+        ("solver.max_iter", "SOLVER.MAX_ITER"),
+        ("SOLVERS", "SOLVER"),
+        ("SOLVER.MAX_ITER.X", "SOLVER.MAX_ITER"),
+    ],
+)
+def test_unknown_key_that_is_nearly_known(key, near):
+    with pytest.raises(ValueError, match=rf"no configuration key {key}\. Did you mean {near}\b"):
+        load_config("", [key, "1"])
+
+
+@pytest.mark.parametrize(
+    ("opts", "parts"),
+    [
+        (["MODEL.WEIGHTS", "x", "--eval-only"], ["--eval-only", "MODEL.WEIGHTS", "before"]),
+        (["MODEL.WEIGHTS", "x", "--num-gpus", "2"], ["--num-gpus", "before"]),
+        (["SOLVER.MAX_ITER=5"], ["write SOLVER.MAX_ITER 5"]),
+        (["SOLVER.MAX_ITER=5", "SEED=1"], ["write SOLVER.MAX_ITER 5"]),
+    ],
+)
+def test_what_is_not_a_pair_on_the_command_line(opts, parts):
+    with pytest.raises(ValueError, match="KEY VALUE") as error:
+        load_config("", opts)
+    assert [part for part in parts if part not in str(error.value)] == []
+
+
+def test_an_equals_sign_in_a_value_is_none_of_that():
+    assert load_config("", ["OUTPUT_DIR", "runs/lr=0.1"]).OUTPUT_DIR == "runs/lr=0.1"
+
+
+@pytest.mark.parametrize("text", ["SEED: 1\nSEED: 2", "MODEL: {A: 1}\nSEED: 1\nMODEL: {B: 2}"])
+def test_a_key_twice_is_refused(tmp_path, text):
+    base = write(tmp_path, text, "base.yaml")
+    for path in (base, write(tmp_path, "_BASE_: base.yaml")):
+        with pytest.raises(ValueError, match=rf"base\.yaml, line \d: {text[:4]}\w* is there twice"):
+            load_config(path, [])
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        pytest.param(b"_BASE_: config.yaml", "_BASE_", id="own base"),
+        pytest.param(b"SEED: &a [*a]", "SEED", id="alias in itself"),
+        pytest.param(b"OUTPUT_DIR: \xff\xfe", "YAML", id="not UTF-8"),
+        pytest.param(b"OUTPUT_DIR: \x00", "YAML", id="a zero"),
+        pytest.param(b"SEED: !!python/object/apply:os.getcwd []", "run code", id="code"),
+        pytest.param(b"_BASE_: ''", "config.yaml", id="a folder as base"),
+    ],
+)
+def test_a_file_that_cannot_be_read_names_it(tmp_path, text, part):
+    path = tmp_path / "config.yaml"
+    path.write_bytes(text)
+    with pytest.raises(ValueError) as error:
+        load_config(str(path), [])
+    assert str(path) in str(error.value) and part in str(error.value)
+
+
+def test_a_base_of_another_shape(tmp_path):
+    write(tmp_path, "SOLVER: 5", "base.yaml")
+    path = write(tmp_path, "_BASE_: base.yaml\nSOLVER: {MAX_ITER: 5}")
+    with pytest.raises(ValueError, match="SOLVER"):
+        load_config(path, [])
+
+
 @pytest.mark.parametrize("opts", [["SOLVER.MAX_ITER"], ["SOLVER.MAX_ITER", "5", "--resume"]])
 def test_key_without_a_value(opts):
     with pytest.raises(ValueError, match="KEY VALUE") as error:

@@ -2,11 +2,13 @@
 
 import importlib.util
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import shapely
 from PIL import Image
 
 pytest.importorskip("detectron2")  # lists the pictures of folders without labels
@@ -161,6 +163,22 @@ MISTAKES = {
         "name 'leaf' has id 2 in a.json, 1 in b.json"),
     "class": (relabel, 3, "1 classes that some files have no objects of (it can't be learned "
         "there, or not scored): 'rust' in a.json"),
+    "box huge": (first_annotation(bbox=[10**400, 0, 1, 1]), 4, "1 boxes that are not four"),
+    "area huge": (first_annotation(area=10**400), 4, "1 annotations without a number 'area'"),
+    "size huge": (first_image(width=10**400), 4, "1 images without 'id', 'file_name' and pos"),
+    "RLE broken": (
+        first_annotation(segmentation={"size": [50, 100], "counts": [5, 5, 5]}), 4,
+        "1 segmentations that are neither lists",
+    ),
+    "crossing": (
+        first_annotation(segmentation=[[10, 10, 30, 30, 30, 10, 10, 30]], area=200), 0,
+        "note: 1 objects whose outline crosses or touches itself",
+    ),
+    "copy": (
+        lambda d: shutil.copy("p/2.png", "p/1.png"), 0,
+        "note: 1 images that look like another one of the file (a split may part them, unless it "
+        "keeps groups together): 2.png like 1.png (0 of 143 bits differ)",
+    ),
     "same file": (
         first_image(file_name="./3.png"), 3, "1 files of b.json that are in a.json too",
     ),
@@ -206,6 +224,9 @@ def test_folder_without_labels(run, data):
     assert "1 images that can't be read: broken.jpg: not an image" in printed
     assert "1 images of u that look like one of b.json" in printed
     assert "look like one of a.json" not in printed
+    # Nothing is scored with pictures that have no labels.
+    assert "(of a train file: nothing new to learn; of a val file: scores get too good)" in printed
+    assert "an image on both sides of a split" not in printed
 
 
 def test_fix_writes_copies_and_reports_what_is_left(run, data):
@@ -234,6 +255,10 @@ def test_fix_writes_copies_and_reports_what_is_left(run, data):
         (("--images", "empty"), "there is no image in empty"),
         (("--images", "p", "--fix", "out"), "--fix mends files: give them with --json"),
         ((*BOTH, "--fix", "."), "--fix: a.json would replace an original"),
+        (
+            (*BOTH, "--fix", "bad.json"),
+            "--fix: bad.json/a.json can't be written, because bad.json is a file",
+        ),
         (("--json", "bad.json", "--images", "p", "--fix", "out"), "--fix: bad.json is not JSON"),
         (
             ("--json", "a.json", "b.json", "c.json", "--images", "p", "p"),
@@ -245,7 +270,7 @@ def test_fix_writes_copies_and_reports_what_is_left(run, data):
         ),
         (
             ("--json", "odd.json", "--images", "p", "--fix", "out"),
-            "--fix: odd.json: Out of range float values are not JSON",
+            "--fix: odd.json: 'annotations[0]' can't be written: Out of range float values are not",
         ),
     ],
 )
@@ -259,6 +284,7 @@ def test_mistakes_in_the_call(run, data, arguments, message):
     with pytest.raises(SystemExit) as error:
         run(*arguments)
     assert str(error.value).startswith(f"error: {message}")
+    assert not list(data.rglob("*.partial"))
 
 
 def test_real_data_is_clean(run):
@@ -270,7 +296,13 @@ def test_real_data_is_clean(run):
             pytest.skip(f"needs the public data set {name} in ../shared/data beside the repository")
         found[name] = run("--json", *files, "--images", DATA / name / "images")
     code, printed = found["coffee_leaf"]
-    assert code == 0 and "errors: 0, warnings: 0, notes: 0" in printed
+    assert code == 0 and "errors: 0, warnings: 0, notes: 2" in printed
+    for split in ("train", "val"):
+        file = DATA / "coffee_leaf" / "annotations" / f"instances_{split}.json"
+        outlines = [a["segmentation"] for a in json.loads(file.read_text())["annotations"]]
+        rings = [[np.reshape(ring, (-1, 2)) for ring in outline] for outline in outlines]
+        crossing = sum(not all(shapely.Polygon(r).is_valid for r in own) for own in rings)
+        assert crossing >= 2 and f"note: {crossing} objects whose outline crosses" in printed
     code, printed = found["bccd"]
     assert code == 3 and "errors: 0, warnings: 1, notes: 0" in printed
     assert "BloodImage_00037.jpg like BloodImage_00038.jpg" in printed

@@ -174,6 +174,12 @@ def test_arguments_that_do_not_go_together(run, arguments):
     assert error.value.code == 2
 
 
+@pytest.mark.parametrize("output", ["truth.json", "truth.json/deep"])
+def test_output_is_checked_first(run, output):
+    with pytest.raises(SystemExit, match=r"^error: --output: .*truth\.json is a file"):
+        run("--json", "gone.json", *FILES[2:], output=output)
+
+
 # --- from a model ---
 
 
@@ -201,10 +207,10 @@ class Stub:
 
 
 @pytest.fixture
-def config(tool, monkeypatch, tmp_path):
+def config(monkeypatch, tmp_path):
     """config.yaml that tests on truth.json, under a model that knows another class first."""
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
-    monkeypatch.setattr(tool, "Predictor", Stub)
+    monkeypatch.setattr("il_net.evaluation.run_model.Predictor", Stub)
     (tmp_path / "p").mkdir()
     for name, value in (("1.png", 255), ("2.png", 0)):
         cv2.imwrite(str(tmp_path / "p" / name), np.full((20, 40, 3), value, np.uint8))

@@ -137,7 +137,7 @@ def test_same_input_same_output(run, data):
         (["--json", "train.json", "train.json", "--names", "a", "b"], "a file is named twice"),
         (["--json", "train.json", "--containers", "lead"], r"--containers: no file has \['lead'\]"),
         (["--json", "train.json", "--bins", "5"], r"--bins is the width .* got 5"),
-        (["--json", "bad.json"], r"bad\.json cannot be counted:\n.*unknown category ids: 9"),
+        (["--json", "bad.json"], r"bad\.json: .*unknown category ids: 9"),
     ],
 )
 def test_mistakes_are_told_without_traceback(run, data, monkeypatch, arguments, message):
@@ -149,3 +149,15 @@ def test_mistakes_are_told_without_traceback(run, data, monkeypatch, arguments, 
     with pytest.raises(SystemExit, match=f"^error: .*{message}"):
         run(*arguments, "--output", data / "out")
     assert not (data / "out").exists()
+
+
+@pytest.mark.parametrize("output", ["train.json", "train.json/deep"])
+def test_output_is_checked_first(run, data, output):
+    with pytest.raises(SystemExit, match=r"^error: --output: .*train\.json is a file"):
+        run("--json", "gone.json", "--output", data / output)
+
+
+def test_a_picture_that_cannot_be_written(run, data):
+    (data / "out" / "instance_size.png").mkdir(parents=True)
+    with pytest.raises(SystemExit, match=r"^error: .*instance_size\.png"):
+        run("--json", data / "train.json", "--output", data / "out")

@@ -134,8 +134,12 @@ def test_mistakes_are_one_line(run, data, change, message):
 
 
 def test_the_export_is_not_overwritten(run, data):
-    with pytest.raises(SystemExit, match="--output .* is a folder or the export itself"):
+    with pytest.raises(SystemExit, match="--output: .* is the export itself"):
         run(*arguments(data)[:-1], data / "export.json")
+    with pytest.raises(SystemExit, match="--output: .* is a folder; name a file"):
+        run(*arguments(data)[:-1], data / "p")
+    with pytest.raises(SystemExit, match="--output: .* can't be written, because .* is a file"):
+        run(*arguments(data)[:-1], data / "export.json" / "clean.json")
 
 
 def test_same_bytes_in_any_process(data):
@@ -230,7 +234,7 @@ def mask_iou(one: list, other: list, size=(384, 768)) -> float:
 
 def test_five_thousand_regions(run, tmp_path):
     # By hand: 100,000 regions of 20 points (103 MB of JSON), 2,000 pictures: 20 s of one core and
-    # 0.85 GB. A twentieth must so stay under a twentieth of a minute.
+    # 0.85 GB. A twentieth takes 1 s; slow machines have 15 times as long.
     rng = random.Random(0)
     (tmp_path / "p").mkdir()
     tasks = []
@@ -246,5 +250,5 @@ def test_five_thousand_regions(run, tmp_path):
     (tmp_path / "export.json").write_text(json.dumps(tasks))
     start = time.process_time()
     printed = run(*arguments(tmp_path))
-    assert time.process_time() - start < 3
+    assert time.process_time() - start < 15
     assert "50 pictures, 5000 annotations" in printed

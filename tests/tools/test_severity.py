@@ -55,9 +55,9 @@ def run(monkeypatch, capsys, tmp_path) -> Callable[..., str]:
         (tmp_path / name).write_text(json.dumps(content))
     monkeypatch.chdir(tmp_path)
 
-    def call(*arguments: object) -> str:
-        output = ["--output", "out/severity.csv"]
-        monkeypatch.setattr("sys.argv", ["severity.py", *map(str, arguments), *output])
+    def call(*arguments: object, output: str = "out/severity.csv") -> str:
+        words = ["severity.py", *map(str, arguments), "--output", output]
+        monkeypatch.setattr("sys.argv", words)
         module.main()
         return capsys.readouterr().out
 
@@ -70,11 +70,8 @@ def written(tmp_path: Path) -> list[dict]:
 
 
 @pytest.mark.parametrize("predictions", ["results.json", "detections.json"])
-@pytest.mark.parametrize(
-    "groups", [("--container", "leaf", "--contents", "rust"), ("--group", "leaf=rust")]
-)
-def test_against_truth(run, tmp_path, predictions, groups):
-    printed = run("--json", "truth.json", "--predictions", predictions, *groups)
+def test_against_truth(run, tmp_path, predictions):
+    printed = run("--json", "truth.json", "--predictions", predictions, "--group", "leaf=rust")
     first, second = written(tmp_path)
     assert first == {
         "image_id": "1", "file_name": "1.jpg", "container": "leaf", "content": "rust",
@@ -84,7 +81,7 @@ def test_against_truth(run, tmp_path, predictions, groups):
     row = next(line for line in printed.splitlines() if "rust" in line)
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells == ["leaf", "rust", "1", "30.00", "20.00", "10.00", "1", "10.00"]
-    assert "1 images left out: their leaf was not found" in printed
+    assert "images left out because their leaf was not found: 1" in printed
     assert "nan" not in printed.lower()
 
 
@@ -95,7 +92,7 @@ def test_without_truth(run, tmp_path):
         ("rust", "", "0.3"), ("black rot", "", "0.0"), ("rust", "", ""), ("black rot", "", ""),
     ]  # fmt: skip
     assert "truth" not in printed
-    assert "1 images have no leaf" in printed
+    assert "images without leaf: 1" in printed
 
 
 def test_two_groups_and_another_score(run, tmp_path):
@@ -113,11 +110,9 @@ def test_two_groups_and_another_score(run, tmp_path):
     [
         (("--predictions", "gone.json", "--group", "leaf=rust"), "no file gone.json"),
         (("--predictions", "results.json", "--group", "leaf=rust"), "give the truth"),
-        (("--predictions", "detections.json"), "name a container and its contents"),
         (("--predictions", "detections.json", "--group", "leaf"), "--group is .* got 'leaf'"),
         (("--predictions", "detections.json", "--group", "leaf=rust,"), "--group is"),
         (("--predictions", "detections.json", "--group", "leaf=ruts"), "did you mean 'rust'"),
-        (("--predictions", "detections.json", "--container", "leaf"), "go together"),
         (
             ("--predictions", "boxes.json", "--json", "truth.json", "--group", "leaf=rust"),
             r"boxes.json: annotation 1 \(image 1\): masks are needed here",
@@ -128,3 +123,17 @@ def test_mistakes_are_told_without_traceback(run, tmp_path, arguments, message):
     with pytest.raises(SystemExit, match=f"^error: .*{message}"):
         run(*arguments)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("output", [".", "truth.json/severity.csv"])
+def test_output_is_checked_first(run, output):
+    with pytest.raises(SystemExit, match=r"^error: --output: .*(is a folder|is a file)"):
+        run("--predictions", "gone.json", "--group", "leaf=rust", output=output)
+
+
+def test_help_explains_the_table(run, capsys):
+    with pytest.raises(SystemExit):
+        run("--help")
+    text = capsys.readouterr().out
+    assert '"affected" counts the pictures' in text and '"error of affected" is' in text
+    assert "--contents" not in text

@@ -155,6 +155,11 @@ def test_mistakes_of_train_val(run, data):
         run(*arguments[:-1], data / "p" / "..", "--fraction", 0.8)
     with pytest.raises(SystemExit, match=r"error: --output: .*train\.json is a file"):
         run(*arguments[:-1], data / "train.json", "--fraction", 0.8)
+    with pytest.raises(SystemExit, match=r"error: --output: .*train\.json is a file"):
+        run(*arguments[:-1], data / "train.json" / "deep", "--fraction", 0.8)
+    (data / "taken" / "val.json").mkdir(parents=True)
+    with pytest.raises(SystemExit, match=r"error: --output: .*val\.json is a folder"):
+        run(*arguments[:-1], data / "taken", "--fraction", 0.8)
     with pytest.raises(SystemExit, match=r"error: there is no file gone\.json"):
         run("train-val", "--json", "gone.json", *arguments[3:], "--fraction", 0.8)
     assert not (data / "out").exists()
@@ -217,14 +222,34 @@ def test_stratified_and_nested(run, data):
     assert set(lists["10.0"]["1"]) < set(lists["50.0"]["1"])
 
 
+@pytest.mark.parametrize("counts", ["zzzzzz", [5, 5, 5], [-5, 205], 3])
+def test_masks_do_not_matter(run, data, counts):
+    """Whose objects are where is enough; Detectron2's reader stumbles on broken masks."""
+    common = ("--percent", 20, "--seed", 3, "--output")
+    content = json.loads((data / "train.json").read_text())
+    expected = run("labeled", "--json", data / "train.json", *common, data / "a.json")
+    content["annotations"][0]["segmentation"] = {"size": [10, 20], "counts": counts}
+    content["annotations"].append({**content["annotations"][0], "id": 99, "image_id": 61})
+    content["annotations"][-1]["iscrowd"] = 1
+    (data / "train.json").write_text(json.dumps(content))
+    printed = run("labeled", "--json", data / "train.json", *common, data / "b.json")
+    assert printed.splitlines()[:-1] == expected.splitlines()[:-1]
+    assert (data / "a.json").read_text() == (data / "b.json").read_text()
+
+
 def test_mistakes_of_labeled(run, data):
     output = ("--output", data / "s.json")
     with pytest.raises(SystemExit, match=r"error: there is no file gone\.json"):
         run("labeled", "--json", "gone.json", "--percent", 10, *output)
-    with pytest.raises(SystemExit, match=r"error: DATASETS\.SPLIT\.PERCENT must be above 0"):
+    with pytest.raises(SystemExit, match=r"error: --percent must be above 0"):
         run("labeled", "--json", data / "train.json", "--percent", 0, *output)
     with pytest.raises(SystemExit, match=r"error: --output: .* is a folder; name a file"):
         run("labeled", "--json", data / "train.json", "--percent", 10, "--output", data / "p")
+    with pytest.raises(SystemExit, match=r"error: --output: .*train\.json is a file"):
+        run(
+            *("labeled", "--json", "gone.json", "--percent", 10),
+            *("--output", data / "train.json" / "s.json"),
+        )
     content = json.loads((data / "train.json").read_text())
     (data / "bare.json").write_text(json.dumps({**content, "annotations": []}))
     with pytest.raises(SystemExit, match=r"error: --json: no image of .*bare\.json has annot"):

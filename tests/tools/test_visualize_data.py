@@ -103,12 +103,15 @@ def test_box_is_drawn_where_it_is(tool):
     [
         ([], {"name": "grid.txt"}, "--output is the name of a picture"),
         ([], {"count": 0}, "--count is from 1 to 100, got 0"),
+        (["DATASETS.TRAIN", "[none]"], {"name": "train.json/x.png"}, "--output: .* is a file"),
+        (["DATASETS.TRAIN", "[none]"], {"name": "folder.png"}, "--output: .* is a folder"),
         (["DATASETS.TRAIN", "[none]"], {}, "none"),
         ([*SEMI[:2], "DATASETS.SPLIT.PERCENT", "100"], {}, "there are no unlabelled images"),
         (["SOLVER.IMS", "1"], {}, "there is no configuration key SOLVER.IMS"),
     ],
 )
 def test_mistakes_are_told_without_traceback(run, tmp_path, opts, arguments, message):
+    (tmp_path / "folder.png").mkdir()
     with pytest.raises(SystemExit, match=f"^error: .*{message}"):
         run(*opts, **arguments)
     assert not list(tmp_path.glob("grid*"))

@@ -11,9 +11,7 @@ import numpy as np
 from ..image_checks import probe_picture
 from ..polygons import clip_polygon, polygon_area, polygon_box, without_repeats
 from .images import ImageFolder
-from .records import Account, Choices, Labelled, Region, quoted
-
-Pictures = Mapping[str, Sequence[Labelled]]
+from .records import Account, Choices, LabeledPicture, Region, quoted
 
 _DECIMALS = 2
 # A picture that was resized keeps the ratio of its sides, up to rounding to whole pixels.
@@ -23,7 +21,7 @@ _SMALLEST_PX = 1.0
 
 
 def build_records(
-    pictures: Pictures,
+    pictures: Mapping[str, Sequence[LabeledPicture]],
     table: Mapping[str, int],
     folder: ImageFolder,
     choices: Choices,
@@ -65,7 +63,7 @@ def build_records(
     return images, annotations
 
 
-def _image_ids(pictures: Pictures) -> dict[str, int]:
+def _image_ids(pictures: Mapping[str, Sequence[LabeledPicture]]) -> dict[str, int]:
     tasks = [items[0].task for items in pictures.values()]
     usable = all(type(task) is int and task > 0 for task in tasks)
     ids = tasks if usable and len(set(tasks)) == len(tasks) else range(1, len(tasks) + 1)
@@ -73,7 +71,7 @@ def _image_ids(pictures: Pictures) -> dict[str, int]:
 
 
 def _upright_size(
-    file_name: str, items: Sequence[Labelled], folder: ImageFolder, account: Account
+    file_name: str, items: Sequence[LabeledPicture], folder: ImageFolder, account: Account
 ) -> tuple[int, int] | None:
     """Width and height of the file; None, and told, if it is not the picture that was labelled."""
     name = quoted(file_name)
@@ -105,7 +103,7 @@ def _upright_size(
 
 def _annotations(
     file_name: str,
-    items: Sequence[Labelled],
+    items: Sequence[LabeledPicture],
     size: tuple[int, int],
     table: Mapping[str, int],
     outlines: bool,
@@ -123,7 +121,7 @@ def _annotations(
             else:
                 account.change("regions without a label", "left out", name)
             continue
-        if len(region.labels) > 1 and choices.several_labels == "first":
+        if len(choices.wanted_labels(region)) > len(labels):
             account.change("regions with several labels", "the first is used", name)
         parts = _mended(region, size, name, account)
         if not parts:

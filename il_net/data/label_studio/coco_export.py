@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from ..coco_checks import name_annotation
-from .records import Account, Labelled, Region, fractions, quoted
+from .records import Account, LabeledPicture, Region, fractions, quoted
 
 
 def read_coco_export(
     data: dict[str, Any], source: str, account: Account
-) -> tuple[list[Labelled], dict[str, int]]:
+) -> tuple[list[LabeledPicture], dict[str, int]]:
     """The pictures of an export with their regions, and its class ids by name.
 
     Args:
@@ -60,7 +60,7 @@ def read_coco_export(
             regions[image_id].append(region)
     _note_ids(images, data["annotations"], account)
     return [
-        Labelled(
+        LabeledPicture(
             task=None,
             references=(image["file_name"],),
             regions=tuple(regions[image_id]),

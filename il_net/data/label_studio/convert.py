@@ -1,17 +1,17 @@
 """From an export of Label Studio, of any of three kinds, to the content of a clean COCO file."""
 
-import json
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..coco_file import read_json
 from ..report import Severity
 from .build import build_records
 from .coco_export import read_categories, read_coco_export
 from .images import ImageFolder
-from .records import Account, Choices, Labelled, quoted
+from .records import Account, Choices, LabeledPicture, quoted
 from .tasks import read_tasks
 
 _NUM_NAMED = 5
@@ -80,7 +80,7 @@ def read_export(path: str | Path) -> tuple[Any, str]:
         FileNotFoundError: there is no such file.
         ValueError: it is not JSON, or none of the three kinds.
     """
-    data = _read_json(path)
+    data = read_json(path, mark_allowed=True)
     if isinstance(data, dict) and "data" in data:
         data = [data]  # the file of one task, as Label Studio's storages hold it
     if isinstance(data, dict) and "images" in data:
@@ -102,7 +102,7 @@ def read_table(path: str | Path) -> dict[str, int]:
         FileNotFoundError: there is no such file.
         ValueError: it is neither, or an id is there twice.
     """
-    data = _read_json(path)
+    data = read_json(path, mark_allowed=True)
     if isinstance(data, dict) and isinstance(data.get("categories"), list):
         data = data["categories"]
     if isinstance(data, dict):
@@ -112,23 +112,11 @@ def read_table(path: str | Path) -> dict[str, int]:
     return read_categories(data, str(path))
 
 
-def _read_json(path: str | Path) -> Any:
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    try:
-        with open(path, encoding="utf-8-sig") as f:
-            return json.load(f)
-    except RecursionError as error:
-        raise ValueError(f"{path} is nested too deeply to be an export") from error
-    except ValueError as error:  # of JSON, of UTF-8, of a number of thousands of digits
-        raise ValueError(f"{path} is not JSON: {error}") from error
-
-
 def _by_file(
-    labelled: Sequence[Labelled], folder: ImageFolder, account: Account
-) -> dict[str, list[Labelled]]:
+    labelled: Sequence[LabeledPicture], folder: ImageFolder, account: Account
+) -> dict[str, list[LabeledPicture]]:
     """All annotations of each picture's file, in the order of the tasks."""
-    groups: dict[str, list[Labelled]] = defaultdict(list)
+    groups: dict[str, list[LabeledPicture]] = defaultdict(list)
     files: dict[tuple[str, ...], str | None] = {}
     for item in sorted(labelled, key=_task_order):
         if item.references not in files:
@@ -145,19 +133,24 @@ def _by_file(
     return groups
 
 
-def _task_order(item: Labelled) -> tuple:
+def _task_order(item: LabeledPicture) -> tuple:
     """Numbers first; the order of the file where tasks have no id."""
     is_number = type(item.task) is int
     return (not is_number, item.task if is_number else 0, str(item.task))
 
 
 def _choose(
-    groups: dict[str, list[Labelled]], choices: Choices, account: Account
-) -> dict[str, list[Labelled]]:
+    groups: dict[str, list[LabeledPicture]], choices: Choices, account: Account
+) -> dict[str, list[LabeledPicture]]:
     """Of several annotations of one picture the best, or all."""
     every = choices.annotations == "all"
     used = "their regions are put together" if every else "the best is used"
     for file_name, items in groups.items():
+        best = max(items, key=lambda item: item.rank)
+        is_empty = not (best.regions or best.lost)
+        if not every and is_empty and any(item.regions for item in items):
+            kind = "pictures whose best annotation has no regions, though another one has"
+            account.change(kind, "the empty one is used", quoted(file_name))
         tasks = {str(item.task) for item in items}
         if len(tasks) > 1 or (len(items) > 1 and items[0].task is None):
             kind = "pictures that are in the export more than once"
@@ -174,7 +167,7 @@ def _choose(
 
 
 def _class_table(
-    pictures: dict[str, list[Labelled]], own_table: dict[str, int] | None, choices: Choices
+    pictures: dict[str, list[LabeledPicture]], own_table: dict[str, int] | None, choices: Choices
 ) -> dict[str, int]:
     """Class ids by name: given, of the export itself, or alphabetical.
 

@@ -44,9 +44,13 @@ class Choices:
     table: Mapping[str, int] | None = None
     first_id: int | None = None
 
+    def wanted_labels(self, region: "Region") -> tuple[str, ...]:
+        """The labels of a region that are not to be ignored."""
+        return tuple(name for name in region.labels if name not in self.ignore_labels)
+
     def labels_of(self, region: "Region") -> tuple[str, ...]:
         """The labels of a region that are to become objects."""
-        wanted = tuple(name for name in region.labels if name not in self.ignore_labels)
+        wanted = self.wanted_labels(region)
         return wanted if self.several_labels == "each" else wanted[:1]
 
 
@@ -80,7 +84,7 @@ class Region:
 
 
 @dataclass(frozen=True)
-class Labelled:
+class LabeledPicture:
     """One person's work on one picture.
 
     Args:

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from datetime import datetime, timezone
 from typing import Any
 
-from .records import Account, Choices, Labelled, Region, fractions, quoted
+from .records import Account, Choices, LabeledPicture, Region, fractions, quoted
 
 # Kinds of result that have a shape. Other results (choices, text, relations) have none.
 _SHAPES = ("polygon", "rectangle")
@@ -23,6 +23,7 @@ _NO_SHAPE_KEYS = ("choices", "text", "rating", "number", "taxonomy", "datetime",
 _LABEL_KINDS = ("polygonlabels", "rectanglelabels", "labels")
 _PERCENT = (100.0, 100.0)
 _PICTURE = re.compile(r"^data:image/|\.(jpe?g|png|bmp|webp|tiff?|gif)($|[?#&])", re.IGNORECASE)
+_FRACTION = re.compile(r"\.\d+")
 
 
 class TaskReader:
@@ -37,7 +38,7 @@ class TaskReader:
         self._account = account
         self._pictures_of_tasks: set[str] = set()
 
-    def read_task(self, task: Any, where: str) -> list[Labelled]:
+    def read_task(self, task: Any, where: str) -> list[LabeledPicture]:
         """Everybody's annotations of one task of the full export."""
         _expect(task, dict, where)
         data = _expect(task.get("data"), dict, f"{where}['data']")
@@ -59,7 +60,7 @@ class TaskReader:
             self._account.note("tasks whose annotations are all cancelled, left out")
         return found
 
-    def read_record(self, record: Any, where: str, position: int) -> Labelled:
+    def read_record(self, record: Any, where: str, position: int) -> LabeledPicture:
         """One annotation, a record of JSON_MIN."""
         _expect(record, dict, where)
         references = self._references(record, None, where)
@@ -99,7 +100,7 @@ class TaskReader:
         results: list,
         where: str,
         position: int,
-    ) -> Labelled:
+    ) -> LabeledPicture:
         about = f"task {quoted(task)}" if task is not None else where
         before = self._account.num_changes
         shapes = self._join(results, where, about)
@@ -113,7 +114,7 @@ class TaskReader:
         )
         size = next((size for shape in shapes if (size := _original_size(shape))), None)
         lost = self._account.num_changes > before
-        return Labelled(task, references, tuple(regions), size, rank, lost)
+        return LabeledPicture(task, references, tuple(regions), size, rank, lost)
 
     def _join(self, results: list, where: str, about: str) -> list[dict]:
         """One record for each shape: results with the same id are geometry and labels of one.
@@ -241,17 +242,19 @@ def _seconds(time: Any) -> float:
     if type(time) in (int, float):
         return float(time) if abs(time) < 1e15 else float("-inf")
     try:
-        parsed = datetime.fromisoformat(time.replace("Z", "+00:00"))
+        # Python 3.10 reads fractions of 3 or 6 digits only.
+        exact = _FRACTION.sub(lambda match: match[0].ljust(7, "0")[:7], time, count=1)
+        parsed = datetime.fromisoformat(exact.replace("Z", "+00:00"))
         if parsed.tzinfo is None:
             parsed = parsed.replace(tzinfo=timezone.utc)
         return parsed.timestamp()
-    except (AttributeError, ValueError, OverflowError):
+    except (TypeError, ValueError, OverflowError):
         return float("-inf")
 
 
 def read_tasks(
     records: Iterable[Any], minimal: bool, source: str, choices: Choices, account: Account
-) -> list[Labelled]:
+) -> list[LabeledPicture]:
     """All annotations that an export has of pictures, cancelled ones left out.
 
     Args:
@@ -262,7 +265,7 @@ def read_tasks(
         ValueError: a record that is none; names the file and the position.
     """
     reader = TaskReader(choices, account)
-    found: list[Labelled] = []
+    found: list[LabeledPicture] = []
     for i, record in enumerate(records):
         where = f"{source}: [{i}]"
         if minimal:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from il_net.data.coco_file import read_coco, write_coco
+from il_net.data.coco_file import read_coco, read_coco_json, read_json, write_coco
 
 DOCUMENT = {
     "info": {"description": "Blätter"},
@@ -25,8 +25,16 @@ def test_what_is_written_is_json_s_own_text(tmp_path, document):
 def test_the_old_file_stays_when_writing_fails(tmp_path):
     path = tmp_path / "x.json"
     write_coco(path, DOCUMENT)
-    with pytest.raises(ValueError):
-        write_coco(path, {"images": [{"width": float("nan")}]})
+    for record, message in (({"width": float("nan")}, "Out of range"), ("\ud83d", "surrogates")):
+        with pytest.raises(ValueError, match=rf"'images\[1\]' can't be written: .*{message}"):
+            write_coco(path, {"images": [{}, record]})
+        assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+    with pytest.raises(ValueError, match="'info' can't be written"):
+        write_coco(path, {"info": {"year": float("inf")}})
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError):  # cannot be replaced
+        write_coco(tmp_path / "folder", DOCUMENT)
+    assert {p.name for p in tmp_path.iterdir()} == {"x.json", "folder"}
     assert read_coco(path) == DOCUMENT
 
 
@@ -42,3 +50,28 @@ def test_what_is_no_coco_file_is_named(tmp_path):
         path.write_text(text)
         with pytest.raises(ValueError, match=f"x.json.*{message}"):
             read_coco(path)
+
+
+@pytest.mark.parametrize("read", [read_json, read_coco_json, read_coco])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"a":' * 100_000, "nested too deeply"),
+        (b'{"images": ' + b"9" * 5000 + b"}", "is not JSON: .*digits"),
+        (b"\xff\xfe{}", "is not JSON: .*utf-8"),
+        (b"\xef\xbb\xbf{}", "is not JSON: it begins with a byte order mark; save it"),
+    ],
+    ids=["lists", "objects", "digits", "encoding", "mark"],
+)
+def test_odd_json_is_named(tmp_path, read, content, message):
+    path = tmp_path / "x.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"x.json.* {message}"):
+        read(path)
+
+
+def test_a_byte_order_mark_where_it_may_be(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_bytes(b'\xef\xbb\xbf{"a": "\xc3\xa4"}')
+    assert read_json(path, mark_allowed=True) == {"a": "ä"}

@@ -54,6 +54,25 @@ def test_broken_files_are_named(tmp_path, name):
     ]
     assert findings.problems[0].offenders[0].startswith(f"{name}: ")
     assert pictures["good.jpg"].size == (160, 120)
+    assert pictures[name].is_broken and not pictures["good.jpg"].is_broken
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        PermissionError(13, "Permission denied"),
+        OSError(24, "Too many open files"),
+        OSError(5, "truncated by a failing disk"),
+        MemoryError(),
+    ],
+)
+def test_what_cannot_be_opened_need_not_be_broken(tmp_path, monkeypatch, error):
+    def refuse(path: str) -> None:
+        raise error
+
+    monkeypatch.setattr(Image, "open", refuse)
+    found = probe_picture(str(tmp_path / "a.jpg"), True)
+    assert found.fault and not found.is_broken and found.size is None
 
 
 def test_headers_alone_do_not_show_what_is_cut_off(tmp_path):
@@ -108,6 +127,7 @@ def test_sizes_against_the_record(tmp_path):
         note, ("images recorded with their size before EXIF rotation", "ERROR"),
     ]  # fmt: skip
     assert size_findings(tmp_path, turned(picture(1), 3), 160, 120) == [note]
+    assert size_findings(tmp_path, turned(picture(1), 0), 160, 120) == []  # as some cameras do
 
 
 # ---- near-duplicates ----
@@ -160,6 +180,25 @@ def test_twins_are_those_of_a_loop_over_all_pairs():
         else:
             assert twins[row] == -1
     assert (twins >= 0).sum() == MAX_DIFFERENT_BITS + 1  # of 0, 1, ... flipped bits
+
+
+def test_twins_among_themselves_are_those_of_a_loop_over_all_pairs(monkeypatch):
+    """Each with those before it; in small blocks, so that pairs lie on both sides of them."""
+    monkeypatch.setattr("il_net.data.near_duplicates._BLOCK", (16, 24))
+    rng = np.random.default_rng(4)
+    hashes = rng.random((100, NUM_BITS)) < 0.5
+    for row in range(1, 100, 3):
+        hashes[row] = hashes[rng.integers(row)]
+        hashes[row, rng.choice(NUM_BITS, row % 20, replace=False)] ^= True
+    twins, bits = find_twins(hashes)
+    for row in range(100):
+        distances = [int((hashes[row] != other).sum()) for other in hashes[:row]]
+        if distances and min(distances) <= MAX_DIFFERENT_BITS:
+            nearest = distances.index(min(distances))
+            assert (twins[row], bits[row]) == (nearest, distances[nearest])
+        else:
+            assert twins[row] == -1
+    assert (twins >= 0).sum() > 10
 
 
 def test_blood_cells_of_one_field_of_view_are_found():

@@ -15,21 +15,23 @@ pytest.importorskip("detectron2")
 
 import torch
 from detectron2.config import CfgNode, get_cfg
+from detectron2.data import build_detection_train_loader
 from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
 from PIL import Image
 
 from il_net.config import add_il_net_config
-from il_net.data import loader as loader_module
+from il_net.data import robust
 from il_net.data.datasets import register_datasets
 from il_net.data.loader import (
     ImageStream,
     SemiBatch,
     SemiLoader,
+    build_labeled_loader,
     build_semi_loader,
-    read_size,
     share_workers,
 )
-from il_net.data.mapper import SemiMapper
+from il_net.data.mapper import SemiMapper, read_size
 
 WIDE, TALL = (24, 16), (16, 24)
 
@@ -326,8 +328,10 @@ def test_unlabeled_images_are_not_touched_before_burn_in_ends(make_cfg, monkeypa
         return mapper(self, record, position)
 
     monkeypatch.setattr(SemiMapper, "__call__", read)
-    monkeypatch.setattr(loader_module, "read_size", lambda f: (sizes.append(f), size(f))[1])
+    monkeypatch.setattr(robust, "read_size", lambda f: (sizes.append(f), size(f))[1])
     loader = build_semi_loader(cfg)
+    assert len(sizes) == 7  # one look at the headers, for a warning
+    sizes.clear()
     batches = iter(loader)
     for _ in range(3):
         assert next(batches).unlabeled == []
@@ -357,16 +361,6 @@ def test_training_on_labeled_images_alone(make_cfg):
     assert describe(take(build_semi_loader(cfg), 4)) == describe(batches)
 
 
-def test_exif_turns_the_shape(tmp_path):
-    for name, orientation, size in (("a.jpg", 1, (24, 16)), ("b.jpg", 6, (16, 24))):
-        exif = Image.Exif()
-        exif[0x0112] = orientation
-        Image.new("L", (24, 16)).save(tmp_path / name, exif=exif)
-        assert read_size(str(tmp_path / name)) == size
-    Image.new("1", (5, 9)).save(tmp_path / "c.png")
-    assert read_size(str(tmp_path / "c.png")) == (5, 9)
-
-
 def test_gray_and_turned_pictures_in_a_bare_folder(make_cfg, tmp_path):
     cfg = make_cfg([WIDE], [WIDE])
     exif = Image.Exif()
@@ -382,17 +376,131 @@ def test_gray_and_turned_pictures_in_a_bare_folder(make_cfg, tmp_path):
         assert all((s["image"].shape[2] > s["image"].shape[1]) in wide for s in batch.unlabeled)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("grouping", [False, True])
-def test_an_unreadable_picture_is_named(make_cfg, tmp_path, workers, grouping):
-    cfg = make_cfg(
-        *([WIDE], [WIDE], "DATALOADER.NUM_WORKERS", workers),
-        *("DATALOADER.ASPECT_RATIO_GROUPING", grouping),
-    )
-    (tmp_path / "u" / "0.png").write_bytes(b"broken")
-    with pytest.raises(ValueError, match=r"u/0\.png cannot be (used|read)") as e:
+def test_unreadable_pictures_are_replaced_and_told_once(make_cfg, tmp_path, caplog, grouping):
+    cfg = make_cfg(MIXED, MIXED, "DATALOADER.ASPECT_RATIO_GROUPING", grouping)
+    (tmp_path / "l" / "1.png").unlink()  # tall
+    (tmp_path / "u" / "2.png").write_bytes(b"broken")  # wide
+    described = []
+    for workers in (0, 2):
+        cfg.DATALOADER.NUM_WORKERS = workers
+        caplog.clear()
+        described.append(describe(take(build_semi_loader(cfg), 14)))
+        told = [r.getMessage() for r in caplog.records if "takes its place" in r.getMessage()]
+        assert len(told) == 2  # 14 batches of 2 pass over either stream four times
+        assert {Path(text.split()[0]).name for text in told} == {"1.png", "2.png"}
+    assert described[0] == described[1]
+    names = [Path(sample[0]) for batch in described[0] for sample in batch]
+    assert all(len(batch) == 4 for batch in described[0])
+    assert tmp_path / "l" / "1.png" not in names
+    assert tmp_path / "u" / "2.png" not in names
+    for start in (3, 9):
+        loader = build_semi_loader(cfg)
+        loader.start_iter = start
+        assert describe(take(loader, 14 - start)) == described[0][start:]
+
+
+def test_a_replacement_has_the_shape_of_its_batch(make_cfg, tmp_path):
+    cfg = make_cfg(MIXED, MIXED)  # 1 and 4 are tall
+    (tmp_path / "l" / "1.png").unlink()
+    (tmp_path / "l" / "6.png").unlink()
+    for batch in take(build_semi_loader(cfg), 21):
+        assert len({s["width"] > s["height"] for s in batch.labeled}) == 1
+
+
+def test_the_last_of_its_shape_is_replaced_by_another(make_cfg, tmp_path):
+    cfg = make_cfg([WIDE, WIDE, TALL], [WIDE])
+    (tmp_path / "l" / "2.png").unlink()
+    drawn = {i for b in take(build_semi_loader(cfg), 9) for i in ids(b.labeled)}
+    assert drawn == {100, 101}
+
+
+def test_too_many_unreadable_pictures_stop_at_the_same_step(make_cfg, tmp_path):
+    cfg = make_cfg([WIDE] * 8, [WIDE] * 8, "DATALOADER.MAX_UNREADABLE", 2)
+    for name in ("l/1", "l/3", "u/5"):  # two of a group are allowed, three in both are not
+        (tmp_path / f"{name}.png").write_bytes(b"broken")
+    counts = []
+    for workers in (0, 2):
+        cfg.DATALOADER.NUM_WORKERS = workers
+        counts.append(0)
+        with pytest.raises(SystemExit) as e:
+            for _ in build_semi_loader(cfg):
+                counts[-1] += 1
+        traceback.clear_frames(e.tb)  # ends the workers now, not with some later garbage
+        message = str(e.value)
+        assert message.startswith(
+            "error: unreadable images: 3, but DATALOADER.MAX_UNREADABLE is 2: "
+        )
+        assert all(message.count(f"{name}.png") == 1 for name in ("l/1", "l/3", "u/5"))
+    # 8 images in batches of 2; the shape of u/5 is not known, and it waits for another such.
+    assert counts[0] == counts[1] < 8
+
+
+def test_nothing_but_unreadable_pictures(make_cfg, tmp_path):
+    cfg = make_cfg([WIDE] * 2, [WIDE] * 3)
+    for i in range(2):
+        (tmp_path / "l" / f"{i}.png").write_bytes(b"broken")
+    with pytest.raises(SystemExit, match=r"none of the images can be read: .*png cannot be used"):
         take(build_semi_loader(cfg), 1)
-    traceback.clear_frames(e.tb)  # ends the workers now, not with some later garbage
+    for i in range(3):
+        (tmp_path / "u" / f"{i}.png").write_bytes(b"broken")
+    with pytest.raises(ValueError, match=r"DATASETS\.UNLABELED: none of 3 images .*u/0\.png"):
+        build_semi_loader(cfg)
+    cfg.SOLVER.IMS_PER_BATCH_UNLABELED = 0
+    build_semi_loader(cfg)
+
+
+def test_unusable_labels_stop_with_the_files_name(make_cfg, monkeypatch):
+    cfg = make_cfg([WIDE], [WIDE])
+    monkeypatch.setattr(
+        robust.DatasetFromList,
+        "__getitem__",
+        lambda self, i: {**self._plain[i], "annotations": [{"bbox": [1, 2]}]},
+    )
+    init = robust.DatasetFromList.__init__
+
+    def keep(self, records, **options):
+        self._plain = records
+        init(self, records, **options)
+
+    monkeypatch.setattr(robust.DatasetFromList, "__init__", keep)
+    with pytest.raises(SystemExit, match=r"error: .*l/0\.png cannot be used: KeyError"):
+        take(build_semi_loader(cfg), 1)
+
+
+# --- the plain loader ---
+
+
+@pytest.mark.parametrize("grouping", [False, True])
+@pytest.mark.parametrize("sampler", ["TrainingSampler", "RepeatFactorTrainingSampler"])
+def test_plain_loader_skips_as_well(make_cfg, tmp_path, caplog, grouping, sampler):
+    cfg = make_cfg(MIXED, [], "DATALOADER.ASPECT_RATIO_GROUPING", grouping)
+    cfg.DATALOADER.SAMPLER_TRAIN = sampler
+    (tmp_path / "l" / "3.png").write_bytes(b"broken")
+    found = []
+    for workers in (0, 2):
+        cfg.DATALOADER.NUM_WORKERS = workers
+        caplog.clear()
+        torch.manual_seed(2)
+        drawn = list(itertools.islice(build_labeled_loader(cfg), 14))
+        assert all(len(batch) == 2 for batch in drawn)
+        found.append({i for batch in drawn for i in ids(batch)})
+        told = [r for r in caplog.records if "takes its place" in r.getMessage()]
+        assert len(told) == 1
+    assert found[0] == found[1] == {100, 101, 102, 104, 105, 106}
+
+
+def test_plain_loader_is_detectron2s(make_cfg):
+    """The same samples in the same order, for a seed."""
+    cfg = make_cfg(MIXED, [])
+    batches = []
+    for build in (build_detection_train_loader, build_labeled_loader):
+        seed_all_rng(7)
+        batches.append(list(itertools.islice(build(cfg), 6)))
+    for one, other in zip(*(itertools.chain(*b) for b in batches), strict=True):
+        assert one["file_name"] == other["file_name"]
+        assert torch.equal(one["image"], other["image"])
+        assert torch.equal(one["instances"].gt_boxes.tensor, other["instances"].gt_boxes.tensor)
 
 
 # --- what cannot work ---

@@ -10,11 +10,12 @@ pytest.importorskip("detectron2")
 
 import torch
 from detectron2.config import CfgNode, get_cfg
+from detectron2.data import detection_utils
 from detectron2.structures import BitMasks, BoxMode
 from PIL import Image
 
 from il_net.config import add_il_net_config
-from il_net.data.mapper import SemiMapper
+from il_net.data.mapper import SemiMapper, TrainMapper, UnreadableImage, read_size
 
 HEIGHT, WIDTH = 40, 60
 BOX = (6, 10, 24, 30)  # x0, y0, x1, y1: white on black
@@ -255,5 +256,167 @@ def test_what_goes_wrong_is_told_with_the_file(cfg, record, tmp_path, content, s
     if content is not None:
         path.write_bytes({"half": whole[: len(whole) // 2], "whole": whole}.get(content, content))
     mapper = SemiMapper(cfg, labeled=True, seed=0)
-    with pytest.raises(ValueError, match=rf"a\.png cannot be used: {message}"):
+    with pytest.raises(UnreadableImage, match=rf"a\.png cannot be used: {message}"):
         mapper({**record, "width": size}, 0)
+
+
+def test_a_picture_of_too_many_pixels(cfg, record, monkeypatch):
+    # Pillow warns above this number and refuses above twice as many.
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", HEIGHT * WIDTH / 2 - 1)
+    with pytest.raises(UnreadableImage, match=r"a\.png cannot be used: DecompressionBombError"):
+        SemiMapper(cfg, labeled=True, seed=0)(record, 0)
+
+
+def test_unusable_labels_are_no_unreadable_image(cfg, record):
+    del record["annotations"][0]["bbox"]
+    with pytest.raises(ValueError, match=r"a\.png cannot be used: KeyError: 'bbox'") as e:
+        SemiMapper(cfg, labeled=True, seed=0)(record, 0)
+    assert e.type is ValueError
+
+
+RAMP = np.linspace(0, 2**16 - 1, WIDTH).astype(np.uint16)[None].repeat(HEIGHT, 0)
+
+
+@pytest.mark.parametrize("ending", ["png", "tif"])
+@pytest.mark.parametrize("channels", ["BGR", "RGB"])
+def test_sixteen_bit_gray_keeps_its_levels(cfg, tmp_path, ending, channels):
+    turn_off(cfg)
+    cfg.INPUT.RANDOM_FLIP, cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.FORMAT = "none", (HEIGHT,), channels
+    path = tmp_path / f"a.{ending}"
+    Image.fromarray(RAMP).save(path)
+    view = SemiMapper(cfg, labeled=False, seed=0)({"file_name": str(path), "image_id": 1}, 0)
+    for channel in view["image"]:
+        np.testing.assert_array_equal(channel, RAMP // 256)
+
+
+def test_sixteen_bit_gray_of_other_orders_and_old_pillows(cfg, tmp_path):
+    for mode, kind in (("I;16B", ">u2"), ("I", "i4")):
+        image = Image.frombytes(mode, (WIDTH, HEIGHT), RAMP.astype(kind).tobytes())
+        converted = detection_utils.convert_PIL_to_numpy(image, "RGB")
+        np.testing.assert_array_equal(converted[..., 1], RAMP // 256)
+    # Class maps keep their numbers, and eight bits in a wider type their levels.
+    few = Image.fromarray((RAMP // 256).astype(np.int32))
+    np.testing.assert_array_equal(detection_utils.convert_PIL_to_numpy(few, "BGR")[..., 0], few)
+    low = Image.fromarray(RAMP // 256)
+    np.testing.assert_array_equal(detection_utils.convert_PIL_to_numpy(low, "L")[..., 0], low)
+
+
+def write_odd(path: Path, kind: str) -> None:
+    """A picture with a dark left and a light right half, WIDTH x HEIGHT."""
+    half = np.full((HEIGHT, WIDTH), 40, np.uint8)
+    half[:, WIDTH // 2 :] = 200
+    gray = Image.fromarray(half)
+    if kind == "palette":
+        gray.convert("P").save(path, transparency=3)
+    elif kind == "cmyk":
+        gray.convert("RGB").convert("CMYK").save(path, quality=95)
+    else:
+        alpha = Image.fromarray(half.T.copy()).resize((WIDTH, HEIGHT))
+        Image.merge(
+            "RGBA" if kind == "rgba" else "LA", [gray] * (3 if kind == "rgba" else 1) + [alpha]
+        ).save(path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "ending"),
+    [("palette", "png"), ("cmyk", "jpg"), ("rgba", "png"), ("gray alpha", "png")],
+)
+def test_colors_below_transparency_and_inks(cfg, tmp_path, kind, ending):
+    turn_off(cfg)
+    cfg.INPUT.RANDOM_FLIP, cfg.INPUT.MIN_SIZE_TRAIN = "none", (HEIGHT,)
+    write_odd(tmp_path / f"a.{ending}", kind)
+    record = {"file_name": str(tmp_path / f"a.{ending}"), "image_id": 1}
+    view = SemiMapper(cfg, labeled=False, seed=0)(record, 0)["image"].float()
+    assert (view[:, :, : WIDTH // 2 - 4] - 40).abs().max() < 6
+    assert (view[:, :, WIDTH // 2 + 4 :] - 200).abs().max() < 6
+
+
+@pytest.mark.parametrize(
+    ("size", "view"),
+    # Shortest edge 80, unless the longest would be above 1333; no side below 1.
+    [((1, 1), (80, 80)), ((30000, 10), (1, 1333)), ((10, 30000), (1333, 1)), ((1, 7), (560, 80))],
+)
+def test_no_side_is_rounded_to_nothing(cfg, tmp_path, size, view):
+    cfg.INPUT.STRONG_AUG.ERASE = True
+    Image.new("RGB", size, (9, 8, 7)).save(tmp_path / "a.png")
+    box = {"bbox": [0, 0, *size], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0}
+    record = {"file_name": str(tmp_path / "a.png"), "image_id": 1, "annotations": [box]}
+    for position in range(8):
+        mapped = SemiMapper(cfg, labeled=True, seed=0)(record, position)
+        assert mapped["image"].shape == mapped["strong_image"].shape == (3, *view)
+        boxes = mapped["instances"].gt_boxes.tensor
+        assert boxes.tolist() == [[0, 0, view[1], view[0]]]
+
+
+@pytest.mark.parametrize("kind", ["relative", "relative_range"])
+def test_crop_of_a_narrow_picture(cfg, record, kind):
+    Image.new("RGB", (WIDTH, 1)).save(record["file_name"])
+    record = {"file_name": record["file_name"], "image_id": 1}
+    cfg.INPUT.CROP.ENABLED, cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE = True, kind, [0.1, 0.1]
+    for position in range(8):
+        assert min(SemiMapper(cfg, False, 0)(record, position)["image"].shape) >= 1
+
+
+@pytest.mark.parametrize("crowds", [0, 2])
+@pytest.mark.parametrize("mask_format", ["polygon", "bitmask"])
+def test_crop_of_a_picture_without_objects(cfg, record, crowds, mask_format):
+    cfg.MODEL.MASK_ON, cfg.INPUT.MASK_FORMAT, cfg.INPUT.CROP.ENABLED = True, mask_format, True
+    record["annotations"] = [record["annotations"][1]] * crowds
+    mapped = TrainMapper(cfg)(record)
+    assert len(mapped["instances"]) == 0
+    assert mapped["instances"].gt_boxes.tensor.shape == (0, 4)
+    assert mapped["instances"].image_size == tuple(mapped["image"].shape[1:])
+    assert "annotations" not in mapped
+
+
+def test_boxes_without_area_are_left_out(cfg, record):
+    whole = record["annotations"][0]
+    flat, thin, outside = [5, 5, 5, 20], [5, 5, 20, 5], [WIDTH + 1, 2, WIDTH + 9, 9]
+    record["annotations"] = [{**whole, "bbox": b} for b in (flat, thin, outside, whole["bbox"])]
+    assert len(TrainMapper(cfg)(record)["instances"]) == 1
+
+
+# --- sizes from headers ---
+
+
+# EXIF 2.3, 4.6.4: where row 0 and column 0 of what is stored belong in the upright picture.
+UPRIGHT = {
+    1: lambda a: a,
+    2: np.fliplr,
+    3: lambda a: np.rot90(a, 2),
+    4: np.flipud,
+    5: np.transpose,
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: np.rot90(np.transpose(a), 2),
+    8: np.rot90,
+}
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_size_and_pixels_after_rotation(tmp_path, orientation, ending):
+    stored = np.zeros((32, 48), np.uint8)
+    stored[:16, :16] = 255  # no two orientations look alike
+    stored[:16, 16:] = 128
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = str(tmp_path / f"a.{ending}")
+    Image.fromarray(stored).convert("RGB").save(path, exif=exif, quality=95)
+    expected = UPRIGHT[orientation](stored)
+    assert read_size(path) == expected.shape[::-1]
+    read = detection_utils.read_image(path, "BGR")[..., 0]
+    assert np.abs(read.astype(int) - expected).mean() < 3
+
+
+def test_size_of_a_png_takes_the_header_only(tmp_path, monkeypatch):
+    Image.new("L", (24, 16)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("pixels were decoded"))
+    assert read_size(str(tmp_path / "a.png")) == (24, 16)
+
+
+def test_size_of_what_is_no_image(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"text")
+    with pytest.raises(UnreadableImage, match=r"a\.png cannot be used: .*not an image"):
+        read_size(str(tmp_path / "a.png"))
+    with pytest.raises(UnreadableImage, match=r"b\.png cannot be used: FileNotFoundError"):
+        read_size(str(tmp_path / "b.png"))

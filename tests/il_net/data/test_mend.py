@@ -130,6 +130,32 @@ def test_boxes_areas_and_iscrowd(changes, expected):
     assert done and mended(result) == (result, [])
 
 
+@pytest.mark.parametrize(
+    "rle",
+    [
+        {"size": [50, 100], "counts": [5, float("inf"), 5]},
+        {"size": [50, 100], "counts": [-5, 5005]},
+        {"size": [50, 100], "counts": "zzzzzz"},
+        {"size": [50, 100], "counts": [5, 5, 5]},
+        {"size": [2**20, 2**20], "counts": [2**40]},
+    ],
+)
+def test_broken_rle_masks_stay_for_the_report(rle):
+    data = edit(segmentation=rle)
+    assert mended(data) == (data, [])
+    no_area = edit(segmentation=rle, area=None)
+    assert mended(no_area) == (no_area, [])
+
+
+def test_numbers_of_many_digits_are_mended_or_left():
+    huge = 10**400
+    assert mended(edit(area=huge))[0] == good_coco()
+    assert mended(edit(bbox=[huge, 0, 1, 1]))[0] == good_coco()
+    data = good_coco()
+    data["images"][0]["width"] = huge
+    assert mended(data)[0] == good_coco()
+
+
 def test_area_of_an_rle_mask_is_that_of_its_pixels():
     data = good_coco()
     del data["annotations"][2]["area"]
@@ -162,11 +188,29 @@ def test_repeats_go_unless_their_outlines_differ():
 def test_entries_of_one_file_are_merged():
     data = good_coco()
     data["images"].append({**data["images"][0], "id": 3, "file_name": "./a.png"})
-    data["annotations"][1]["image_id"] = 3
+    data["annotations"][0]["image_id"] = 3
     result, done = mended(data)
     assert result["images"] == good_coco()["images"]
-    assert [a["image_id"] for a in result["annotations"]] == [1, 1, 2]
+    assert [a["image_id"] for a in result["annotations"]] == [1, 2, 2]
     assert done == ["1 images listed again: merged with the first entry of their file"]
+
+
+def test_entries_of_one_file_that_may_differ_are_left():
+    """Boxes of a smaller copy must not be moved, nor two people's objects be put together."""
+    smaller = good_coco()
+    smaller["images"].append({"id": 3, "file_name": "a.png", "width": 50, "height": 25})
+    smaller["annotations"][0].update(image_id=3, bbox=[5, 5, 10, 10], area=100, segmentation=[])
+    assert mended(smaller) == (smaller, [])
+    twice = good_coco()
+    twice["images"].append({**twice["images"][0], "id": 3})
+    twice["annotations"].append({**twice["annotations"][0], "id": 8, "image_id": 3})
+    assert mended(twice) == (twice, [])
+    # An entry that has taken over objects is one with objects.
+    twice["images"].insert(0, {**twice["images"][0], "id": 4})
+    result, done = mended(twice)
+    assert [i["id"] for i in result["images"]] == [4, 2, 3]
+    assert [a["image_id"] for a in result["annotations"]] == [4, 2, 2, 3]
+    assert len(done) == 1
 
 
 def test_an_id_of_two_files_is_left():
@@ -177,12 +221,14 @@ def test_an_id_of_two_files_is_left():
 
 
 def test_unreadable_images_go_with_their_annotations():
-    pictures = {**PICTURES, "b.png": Picture(None, fault="not an image")}
+    pictures = {**PICTURES, "b.png": Picture(None, fault="not an image", is_broken=True)}
     result, done = mended(good_coco(), pictures)
     assert [i["id"] for i in result["images"]] == [1]
     assert [a["id"] for a in result["annotations"]] == [5]
     assert len(done) == 2
-    # A missing file is not proven to be gone for good.
+    # What could not be opened today is not proven to be gone for good, nor is a missing file.
+    closed = {**PICTURES, "b.png": Picture(None, fault="[Errno 13] Permission denied: 'b.png'")}
+    assert mended(good_coco(), closed) == (good_coco(), [])
     assert mended(good_coco(), {"a.png": Picture((100, 50))}) == (good_coco(), [])
 
 
@@ -243,7 +289,6 @@ def break_all(data: dict) -> None:
         {**first, "segmentation": [SQUARE, [5, 5, 15, 5, 15, 45, 5, 45], [1, 2]]},
         {**first, "segmentation": [[1, 1, 2, 2, 3, 3]]},
         {**first, "segmentation": [], "bbox": [90, 40, 99, 99]},
-        {"image_id": 3, "category_id": 1, "bbox": [1, 1, 2, 2]},
         {"image_id": 9},
         5,
     ]

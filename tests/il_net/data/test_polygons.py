@@ -101,9 +101,9 @@ def test_nothing_is_left_of_what_has_no_area_inside(points):
     assert clip(points) == []
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1e300])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_no_coordinate_is_refused(value):
-    with pytest.raises(ValueError, match="must be numbers up to"):
+    with pytest.raises(ValueError, match="must be finite numbers"):
         clip([[0, 0], [value, 0], [5, 5]])
 
 

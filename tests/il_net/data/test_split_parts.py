@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from il_net.data.coco_file import read_coco
+from il_net.data.sound_coco import read_sound_coco
 from il_net.data.split_parts import (
     count_objects,
     count_train,
@@ -23,7 +24,6 @@ from il_net.data.split_parts import (
     drop_empty_images,
     group_images,
     objects_by_image,
-    read_sound_coco,
     share_table,
     take_part,
 )
@@ -162,6 +162,7 @@ def test_seeds_draw_differently_stratified_or_not():
 
 SCRIPT = """
 import json, sys
+from il_net.data.sound_coco import read_sound_coco
 from il_net.data.split_parts import *
 data = read_sound_coco(sys.argv[1])
 groups = group_images(data["images"], pattern="[a-z]+")

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import IO
 
 import cv2
 import pytest
@@ -21,6 +22,7 @@ from torch import nn
 from il_net.checkpoint import Checkpointer
 from il_net.engine import hooks as hooks_module
 from il_net.engine.hooks import BestModel, PseudoLabelReport, TeacherUpdate
+from il_net.engine.resumable import ResumableTrainer
 from il_net.modeling.monitor import PseudoLabelMonitor
 
 METRIC = "teacher/bbox/AP"
@@ -50,9 +52,13 @@ def update(monkeypatch):
     def draw(seed: int, iteration: int, rank: int = 0, ranks: int = 1) -> float:
         monkeypatch.setattr(comm, "get_rank", lambda: rank)
         monkeypatch.setattr(comm, "get_world_size", lambda: ranks)
-        hook = TeacherUpdate(SimpleNamespace(update_teacher=calls.append), seed)
-        hook.trainer = SimpleNamespace(iter=iteration)
-        hook.before_step()
+        trainer = object.__new__(ResumableTrainer)
+        trainer.cfg, trainer.iter, trainer._hooks = SimpleNamespace(SEED=seed), iteration, []
+        trainer.preemption = SimpleNamespace(step_begins=lambda: None)
+        trainer.storage = SimpleNamespace()
+        hook = TeacherUpdate(SimpleNamespace(update_teacher=calls.append))
+        trainer.register_hooks([hook])
+        trainer.before_step()
         return torch.rand(()).item()
 
     draw.calls = calls
@@ -83,7 +89,7 @@ def test_the_teacher_is_updated_once_before_every_step(update):
     for iteration in (3, 4, 5):
         update(1, iteration)
     assert update.calls == [3, 4, 5]
-    hook, order = TeacherUpdate(SimpleNamespace(update_teacher=lambda i: order.append(i)), 1), []
+    hook, order = TeacherUpdate(SimpleNamespace(update_teacher=lambda i: order.append(i))), []
     Steps(lambda i: order.append(f"step {i}"), hook).train(1, 3)
     assert order == [1, "step 1", 2, "step 2"]
 
@@ -187,8 +193,8 @@ def test_the_best_model_is_no_checkpoint_to_resume_from(tmp_path):
 def test_a_run_that_is_stopped_while_it_writes_leaves_the_old_file(tmp_path, monkeypatch):
     train(tmp_path, [3.0], start=0, end=2)
 
-    def stop(_: object, path: Path) -> None:
-        path.write_bytes(b"half a fi")
+    def stop(_: object, file: IO[bytes]) -> None:
+        file.write(b"half a fi")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(torch, "save", stop)

@@ -9,8 +9,8 @@ import pytest
 
 from il_net.evaluation.predictions import LabeledImage, Labels, Objects, read_truth
 from il_net.evaluation.severity import (
+    CoveredShare,
     Group,
-    Severity,
     measure,
     summarize,
     write_severities,
@@ -43,7 +43,7 @@ def make_labels(*images: list[tuple]) -> Labels:
     return Labels(CLASSES, (1, 2, 3, 4, 5), tuple(labeled))
 
 
-def shares(rows: list[Severity]) -> dict[str, tuple]:
+def shares(rows: list[CoveredShare]) -> dict[str, tuple]:
     return {row.content: (row.truth, row.predicted) for row in rows}
 
 
@@ -182,8 +182,8 @@ def test_wrong_score():
 
 def test_file(tmp_path):
     rows = [
-        Severity(7, 'a,"b".jpg', "leaf", "rust", 0.5, 0.123456789),
-        Severity(8, "ü.jpg", "leaf", "rust", 0.0, None),
+        CoveredShare(7, 'a,"b".jpg', "leaf", "rust", 0.5, 0.123456789),
+        CoveredShare(8, "ü.jpg", "leaf", "rust", 0.0, None),
     ]
     write_severities(tmp_path / "new" / "s.csv", rows)
     text = (tmp_path / "new" / "s.csv").read_text(encoding="utf-8")

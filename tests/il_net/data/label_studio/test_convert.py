@@ -6,7 +6,9 @@ test_images.py.
 """
 
 import json
+import re
 import time
+from datetime import datetime
 
 import pytest
 from PIL import Image
@@ -214,6 +216,39 @@ def test_a_time_without_a_zone_is_the_same_everywhere(run, monkeypatch):
     finally:
         monkeypatch.undo()
         time.tzset()
+
+
+@pytest.mark.parametrize("fraction", [".5", ".50", ".5000", ".5000001", ".500000000"])
+def test_fractions_of_a_second_of_any_length(run, monkeypatch, fraction):
+    """Python 3.10 reads those of 3 or 6 digits only, which later versions are made to do here."""
+
+    class Strict(datetime):
+        @classmethod
+        def fromisoformat(cls, text: str) -> datetime:
+            assert re.fullmatch(r"[^.]*(\.(\d{3}|\d{6}))?(\+[\d:]+)?", text), text
+            return datetime.fromisoformat(text)
+
+    monkeypatch.setattr("il_net.data.label_studio.tasks.datetime", Strict)
+    found = three_annotations()
+    found[0]["annotations"][0]["updated_at"] = f"2022-03-01T11:00:00{fraction}Z"
+    assert used(run(found)[0]) == ["early"]  # half a second after "late"
+    found[0]["annotations"][0]["updated_at"] = f"2022-03-01T10:59:59{fraction}Z"
+    assert used(run(found)[0]) == ["late"]
+
+
+def test_an_empty_annotation_after_one_with_regions_is_told(run):
+    """It may be a correction, or a slip that loses everything: --strict refuses it."""
+    found = three_annotations()
+    found[0]["annotations"][1]["result"] = []
+    found.append(task(annotation(result()), id=2, image="b.jpg"))
+    coco, account = run(found)
+    assert used(coco) == ["leaf"] and len(coco["images"]) == 2
+    kind = "pictures whose best annotation has no regions, though another one has"
+    assert changes(account) == {kind: 1}
+    assert changes(run(found, annotations="all")[1]) == {}
+    for one in found[0]["annotations"]:
+        one["result"] = []
+    assert changes(run(found)[1]) == {}
 
 
 def test_ground_truth_comes_before_the_latest(run):
@@ -645,6 +680,14 @@ def test_names_in_any_script(run):
     coco, _ = run(tasks)
     assert coco["images"][0]["file_name"] == "Blätter 葉.jpg"
     assert coco["categories"][0]["name"] == "Rebenblätter 🍇"
+
+
+def test_labels_that_are_ignored_are_none_of_several(run):
+    coco, account = run(export(result(labels=["rust", "unsure"])), ignore_labels=("unsure",))
+    assert used(coco) == ["rust"] and changes(account) == {}
+    several = export(result(labels=["unsure", "rust", "leaf"]))
+    coco, account = run(several, ignore_labels=("unsure",))
+    assert used(coco) == ["rust"] and changes(account) == {"regions with several labels": 1}
 
 
 def test_a_byte_order_mark_does_not_matter(run):

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import pycocotools.mask as mask_util
 
+from .coco_values import is_polygon
+
 # {"size": [height, width], "counts": bytes}, what pycocotools computes with.
 Rle = dict[str, Any]
 
-# Beyond any picture; a polygon costs memory by its length, and NaN is not below it.
-_FARTHEST_PX = 1e6
 _MAX_CHARS = 12  # of one run length, 5 bits each
+_MAX_PIXELS = 2**32 - 1  # of a mask: pycocotools counts in 32 bits
 
 
 def to_rle(segmentation: Any, height: int, width: int) -> Rle:
@@ -31,8 +32,11 @@ def to_rle(segmentation: Any, height: int, width: int) -> Rle:
     if not segmentation:
         raise ValueError("it has no mask (no 'segmentation')")
     if isinstance(segmentation, list):
-        for polygon in segmentation:
-            _check_polygon(polygon)
+        if not all(is_polygon(p) and len(p) >= 6 and len(p) % 2 == 0 for p in segmentation):
+            raise ValueError(
+                "a polygon of its 'segmentation' is no list [x, y, x, y, ...] of three or more "
+                "points"
+            )
         return mask_util.merge(mask_util.frPyObjects(segmentation, height, width))
     if not isinstance(segmentation, dict) or {"size", "counts"} - segmentation.keys():
         raise ValueError("its 'segmentation' is neither a list of polygons nor run lengths")
@@ -41,32 +45,23 @@ def to_rle(segmentation: Any, height: int, width: int) -> Rle:
             f"its mask is of size {segmentation['size']} (height, width), its image of "
             f"{[height, width]}"
         )
-    counts = segmentation["counts"]
+    counts, pixels = segmentation["counts"], height * width
+    if pixels > _MAX_PIXELS:
+        raise ValueError(f"its mask of {height} x {width} pixels is too large")
     if isinstance(counts, str):
-        counts = counts.encode()
-    runs = _decompress(counts) if isinstance(counts, bytes) else np.asarray(counts)
-    if runs.ndim != 1 or runs.dtype.kind != "i" or (runs < 0).any() or runs.sum() != height * width:
+        counts = counts.encode(errors="replace")
+    if isinstance(counts, bytes):
+        runs = _decompress(counts)
+    else:
+        whole = isinstance(counts, list) and {int}.issuperset(map(type, counts))
+        # In between: a sum of larger numbers could wrap around to the right one.
+        sound = whole and all(0 <= count <= pixels for count in counts)
+        runs = np.array(counts if sound else [], dtype=np.int64)
+    if (runs < 0).any() or (runs > pixels).any() or runs.sum() != pixels:
         raise ValueError(f"its run lengths do not fill the {height} x {width} pixels of its image")
     if isinstance(counts, list):
-        return mask_util.frPyObjects(segmentation, height, width)
+        return mask_util.frPyObjects({"size": [height, width], "counts": counts}, height, width)
     return {"size": [height, width], "counts": counts}
-
-
-def _check_polygon(polygon: Any) -> None:
-    """Three points or more, at finite places not too far away."""
-    try:
-        points = np.asarray(polygon, dtype=np.float64)
-    except (TypeError, ValueError):
-        points = np.empty(0)
-    if (
-        points.ndim != 1
-        or len(points) < 6
-        or len(points) % 2
-        or not (np.abs(points) < _FARTHEST_PX).all()
-    ):
-        raise ValueError(
-            "a polygon of its 'segmentation' is no list [x, y, x, y, ...] of three or more points"
-        )
 
 
 def _decompress(counts: bytes) -> np.ndarray:

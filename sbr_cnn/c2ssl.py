@@ -43,7 +43,8 @@ def relate(groups: Sequence[dict], classes: Sequence[str]) -> Tensor:
             that is a container and a content.
     """
     key, index = "MODEL.C2SSL.GROUPS", {name: i for i, name in enumerate(classes)}
-    related = torch.zeros(len(classes) + 1, len(classes) + 1, dtype=torch.bool)
+    # On the CPU also where a model is built on the meta device, to count its parameters.
+    related = torch.zeros(len(classes) + 1, len(classes) + 1, dtype=torch.bool, device="cpu")
     for group in groups:
         if not isinstance(group, dict) or set(group) != {"containers", "contents"}:
             raise ValueError(
@@ -301,7 +302,7 @@ def _configured_relation(cfg: CfgNode) -> Tensor:
     classes, groups = tuple(cfg.DATASETS.get("CLASSES", ())), cfg.MODEL.C2SSL.GROUPS
     number = cfg.MODEL.ROI_HEADS.NUM_CLASSES
     if not classes or groups == "auto":  # to count parameters, or to predict
-        return torch.zeros(number + 1, number + 1, dtype=torch.bool)
+        return torch.zeros(number + 1, number + 1, dtype=torch.bool, device="cpu")
     if not isinstance(groups, (list, tuple)) or not groups:
         raise ValueError(
             "MODEL.C2SSL.ENABLED needs MODEL.C2SSL.GROUPS: \"auto\" or a list; in a YAML file "

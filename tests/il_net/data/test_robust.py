@@ -218,7 +218,6 @@ class Dying:
     ("how", "words"),
     [
         (-signal.SIGKILL, ("was killed by SIGKILL", "memory", "DATALOADER.NUM_WORKERS")),
-        (-signal.SIGBUS, ("was killed by SIGBUS", "shared memory", "--shm-size")),
         (-signal.SIGFPE, ("was killed by SIGFPE", "DATALOADER.NUM_WORKERS 0")),
     ],
 )
@@ -234,6 +233,17 @@ def test_a_dead_worker_is_one_error_wherever_the_main_process_is(how, words):
     assert all(word in message for word in words)
     assert "\n" not in message
     assert time.monotonic() - start < 30
+
+
+def test_a_worker_that_died_before_it_was_known():
+    class Started:
+        def __iter__(self):
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is")
+
+    with pytest.raises(SystemExit) as e:
+        iter(CheckedLoader(Started(), "labelled", UnreadableImages(0)))
+    assert "reads labelled images (process 7) was killed by SIGBUS" in str(e.value)
+    assert "shared memory" in str(e.value)
 
 
 def test_a_worker_that_dies_while_it_sends_a_sample():

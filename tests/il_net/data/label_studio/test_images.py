@@ -16,9 +16,9 @@ WITH_PREFIX = "with the prefix that Label Studio gives to uploads"
 
 def make(tmp_path, *names: str) -> ImageFolder:
     for name in names:
-        (tmp_path / "root" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "root" / name).touch()
-    return ImageFolder(tmp_path / "root")
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "photos" / name).touch()
+    return ImageFolder(tmp_path / "photos")
 
 
 @pytest.mark.parametrize(
@@ -112,13 +112,13 @@ def test_letters_of_two_code_points(tmp_path):
 def test_nothing_outside_the_folder_is_found(tmp_path, reference):
     (tmp_path / "secret.jpg").touch()
     folder = make(tmp_path, "a.jpg")
-    root = tmp_path / "root"
+    root = tmp_path / "photos"
     (root / "link.jpg").symlink_to(tmp_path / "secret.jpg")
     (root / "chain.jpg").symlink_to("link.jpg")
     (root / "linked").symlink_to(tmp_path)
     folder = ImageFolder(root)
-    for given in (reference, f"{tmp_path}/{reference}", f"{tmp_path}/root/../{reference}"):
-        if given.endswith("root/../"):
+    for given in (reference, f"{tmp_path}/{reference}", f"{tmp_path}/photos/../{reference}"):
+        if given.endswith("photos/../"):
             continue
         with pytest.raises(ValueError):
             folder.find([given])
@@ -126,16 +126,16 @@ def test_nothing_outside_the_folder_is_found(tmp_path, reference):
 
 def test_links_inside_the_folder_and_to_it_are_followed(tmp_path):
     make(tmp_path, "a.jpg")
-    (tmp_path / "root" / "link.jpg").symlink_to("a.jpg")
-    (tmp_path / "other").symlink_to("root")
+    (tmp_path / "photos" / "link.jpg").symlink_to("a.jpg")
+    (tmp_path / "other").symlink_to("photos")
     assert ImageFolder(tmp_path / "other").find(["link.jpg"])[0] == "link.jpg"
 
 
 def test_a_pipe_is_not_waited_for(tmp_path):
     make(tmp_path, "a.jpg")
-    os.mkfifo(tmp_path / "root" / "pipe.jpg")
+    os.mkfifo(tmp_path / "photos" / "pipe.jpg")
     with pytest.raises(ValueError, match="not a regular file"):
-        ImageFolder(tmp_path / "root").find(["pipe.jpg"])
+        ImageFolder(tmp_path / "photos").find(["pipe.jpg"])
 
 
 def test_no_such_folder(tmp_path):

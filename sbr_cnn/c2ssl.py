@@ -177,7 +177,8 @@ class ContainmentHead(nn.Module):
         self.used = MODES[mode]
         self.mu = mu
         self.gamma = gamma
-        self.class_weights = tuple(class_weights)
+        # Buffers go to the device once, not in every step.
+        self.register_buffer("class_weights", torch.tensor(class_weights), persistent=False)
         self.alpha = alpha
         self.loss_weight = loss_weight
         self.use_masks = use_masks
@@ -268,8 +269,8 @@ class ContainmentHead(nn.Module):
 
     @torch.no_grad()
     def _weights(self, target: Tensor, usable: Tensor) -> Tensor:
-        if self.class_weights:
-            return torch.tensor(self.class_weights, device=target.device)
+        if len(self.class_weights):
+            return self.class_weights
         # bincount would ask the device for the largest target.
         counts = torch.stack([((target == i) & usable).sum() for i in range(4)])
         # Each process counts its own: an exchange in the forward pass could wait for ever for a

@@ -89,10 +89,10 @@ class TrainStep(SimpleTrainer):
                 sums[name] = loss.detach() + sums.get(name, 0.0)
         # One transfer a step, for all losses together and after the backward pass is under way;
         # the weights change only when it has come.
-        finite = self._finite_gradients().float()
+        finite = gradients_are_finite(self.model.parameters()).float()
         *values, finite = torch.stack([*(v.float() for v in sums.values()), finite]).cpu()
         bad = [name for name, v in zip(sums, values, strict=True) if not torch.isfinite(v)]
-        bad += [] if finite or bad else [GRADIENTS]
+        bad += [] if finite or bad or self._may_overflow() else [GRADIENTS]
         if anywhere(bool(bad), self.device):
             if self.guard is None:
                 raise FloatingPointError(f"not finite: {', '.join(bad)}")
@@ -112,11 +112,9 @@ class TrainStep(SimpleTrainer):
         self.grad_scaler.scale(loss).backward()
         return losses
 
-    def _finite_gradients(self) -> Tensor:
-        # The scaler looks itself and lowers the scale; but what is left at 1 is no overflow of it.
-        if self.grad_scaler.is_enabled() and self.grad_scaler.get_scale() > 1:
-            return torch.ones((), device=self.device)
-        return gradients_are_finite(self.model.parameters())
+    def _may_overflow(self) -> bool:
+        """Whether the scaled loss explains such gradients; the scaler then lowers the scale."""
+        return self.grad_scaler.is_enabled() and self.grad_scaler.get_scale() > 1
 
     def state_dict(self) -> dict:
         """Detectron2's state and the loss scale."""

@@ -40,6 +40,8 @@ def check_backbone(cfg: CfgNode, *, two_stages: bool) -> None:
     """
     if cfg.MODEL.BACKBONE.NAME in _BUILDERS:
         _check_stages(cfg)
+        if _has_simple_pyramid(cfg):
+            _check_simple_pyramid(cfg)
         if two_stages:
             _check_features(cfg, _feature_names(cfg))
     _check_norms(cfg, two_stages)
@@ -64,6 +66,25 @@ def _check_stages(cfg: CfgNode) -> None:
         raise ValueError(
             f"MODEL.FPN.IN_FEATURES is {levels}; write stages that follow each other, of those in "
             f"MODEL.RESNETS.OUT_FEATURES, {given}"
+        )
+
+
+def _has_simple_pyramid(cfg: CfgNode) -> bool:
+    return cfg.MODEL.BACKBONE.NAME == TIMM_BUILDER and cfg.MODEL.TIMM.PYRAMID == "simple"
+
+
+def _check_simple_pyramid(cfg: CfgNode) -> None:
+    model, fpn = cfg.MODEL, cfg.MODEL.FPN
+    if model.BACKBONE.FREEZE_AT:
+        raise ValueError(
+            f"MODEL.BACKBONE.FREEZE_AT is {model.BACKBONE.FREEZE_AT}, but MODEL.TIMM.PYRAMID is "
+            "simple, for plain ViTs, which have no stages to freeze; write 0"
+        )
+    unread = {"NORM": "", "FUSE_TYPE": "sum"}
+    texts = [f"MODEL.FPN.{key} {fpn[key]}" for key, off in unread.items() if fpn[key] != off]
+    if texts:
+        logger.warning(
+            "Not read: %s, because MODEL.TIMM.PYRAMID is simple; leave them out", ", ".join(texts)
         )
 
 
@@ -176,7 +197,7 @@ def _normed_widths(cfg: CfgNode, two_stages: bool) -> dict[str, tuple[str, ...]]
         widths["RESNETS"] = ("STEM_OUT_CHANNELS", "WIDTH_PER_GROUP", "RES2_OUT_CHANNELS")
         if model.RESNETS.NUM_GROUPS > 1:  # together wide enough, as published
             widths["RESNETS"] = ("STEM_OUT_CHANNELS", "RES2_OUT_CHANNELS")
-    if _BUILDERS.get(model.BACKBONE.NAME):
+    if _BUILDERS.get(model.BACKBONE.NAME) and not _has_simple_pyramid(cfg):
         widths["FPN"] = ("OUT_CHANNELS",)
     box, mask = model.ROI_BOX_HEAD, model.ROI_MASK_HEAD
     if two_stages and box.NAME == "FastRCNNConvFCHead" and box.NUM_CONV:

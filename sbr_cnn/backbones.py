@@ -1,8 +1,10 @@
 """Backbones with FPN: the ResNet of this package, and any timm model.
 
-Thesis section 2.1: all detectors stand on ResNet-50 with FPN.
+Thesis section 2.1: all detectors stand on ResNet-50 with FPN. Other networks, transformers among
+them, are its future work: ConvNeXt and Swin under FPN, a plain ViT under a simple pyramid.
 """
 
+import re
 from types import ModuleType
 
 from detectron2.config import CfgNode, configurable
@@ -12,6 +14,17 @@ from detectron2.modeling.backbone.fpn import FPN, LastLevelMaxPool
 from torch import Tensor, nn
 
 from .resnet import block_stages, build_resnet
+from .vit_pyramid import MapNorm, SimplePyramid
+
+PYRAMIDS = ("fpn", "simple")
+# How timm's families are told that pictures differ in size: Swin, whose last stage would also not
+# shift its windows where the pictures of its pretraining had just one there; plain ViTs, which
+# then resize their position embedding; the rest, if of a fixed size at all.
+_ANY_SIZE = (
+    {"strict_img_size": False, "always_partition": True},
+    {"dynamic_img_size": True},
+    {},
+)
 
 
 @BACKBONE_REGISTRY.register()
@@ -24,17 +37,27 @@ class TimmBackbone(Backbone):
     """The feature maps of a timm model, with all BatchNorm frozen.
 
     Gives "res2" to "res5" for strides 4 to 32. Frozen BatchNorm (statistics and affine) because
-    detectors train with few images per device.
+    detectors train with few images per device. Networks with LayerNorm in its place (ConvNeXt,
+    Swin) end their stages without a norm: each map gets a new LayerNorm, as in the detectors that
+    were published with them.
+
+    A plain ViT gives "res4" alone, its last map. It attends globally: its time grows with the
+    square of the picture's area, and so does its memory where PyTorch has no fused attention
+    (800 x 1216 pixels are 3,801 tokens: in fp32 0.7 GB per layer of ViT-B and picture).
 
     Args:
         name: a timm model that supports ``features_only``.
         in_channels: channels of the input picture.
         out_features: which of "res2" to "res5" to return.
         freeze_at: 0 trains everything; k >= 2 freezes the stem and the stages up to "res{k}",
-            as Detectron2's ``MODEL.BACKBONE.FREEZE_AT``; 1 freezes what comes before "res2".
+            as Detectron2's ``MODEL.BACKBONE.FREEZE_AT``; 1 freezes what comes before "res2". Only
+            0 for a plain ViT, which has no stages.
+
+    Attributes:
+        plain: all maps have stride 16.
 
     Raises:
-        ValueError: timm does not know the model, or it lacks a stride.
+        ValueError: timm does not know the model, it takes pictures of one size, or lacks a stride.
     """
 
     STRIDES = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
@@ -44,21 +67,19 @@ class TimmBackbone(Backbone):
         self, *, name: str, in_channels: int, out_features: list[str], freeze_at: int
     ) -> None:
         super().__init__()
-        timm = _import_timm()
-        if not timm.is_model(name):
-            near = ", ".join(timm.list_models(f"*{name.split('_')[-1]}*")[:5])
-            raise ValueError(
-                f"MODEL.TIMM.NAME: timm {timm.__version__} has no {name!r}; near: {near or 'none'}"
-            )
-        self.body = timm.create_model(name, features_only=True, in_chans=in_channels)
+        self.body = _create_body(name, in_channels)
         info = self.body.feature_info
         strides = info.reduction()
+        self.plain = set(strides) == {16}
         missing = [f for f in out_features if self.STRIDES.get(f) not in strides]
         if missing:
+            hint = "; a plain ViT needs MODEL.TIMM.PYRAMID simple" if self.plain else ""
             raise ValueError(
-                f"MODEL.RESNETS.OUT_FEATURES: {name} has strides {strides}, no {missing}"
+                "MODEL.RESNETS.OUT_FEATURES (res4 alone with MODEL.TIMM.PYRAMID simple): "
+                f"MODEL.TIMM.NAME {name} has strides {strides}, no {missing}{hint}"
             )
-        self._index = {f: strides.index(self.STRIDES[f]) for f in out_features}
+        last = {stride: index for index, stride in enumerate(strides)}
+        self._index = {f: last[self.STRIDES[f]] for f in out_features}
         self._out_features = list(out_features)
         self._out_feature_strides = {f: self.STRIDES[f] for f in out_features}
         self._out_feature_channels = {f: info.channels()[i] for f, i in self._index.items()}
@@ -67,15 +88,25 @@ class TimmBackbone(Backbone):
         self._norms = [m for m in self.body.modules() if isinstance(m, nn.BatchNorm2d)]
         for norm in self._norms:
             norm.requires_grad_(False)
+        layer_norms = any(isinstance(m, nn.LayerNorm) for m in self.body.modules())
+        self.map_norms = nn.ModuleDict()
+        if layer_norms and not self._norms and not self.plain:
+            widths = self._out_feature_channels
+            self.map_norms.update({f: MapNorm(width) for f, width in widths.items()})
         self._freeze(freeze_at)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict:
         """Read ``MODEL.TIMM``, ``MODEL.RESNETS.OUT_FEATURES`` and ``MODEL.BACKBONE.FREEZE_AT``."""
+        pyramid = cfg.MODEL.TIMM.PYRAMID
+        if pyramid not in PYRAMIDS:
+            raise ValueError(
+                f"MODEL.TIMM.PYRAMID is {pyramid!r}; write fpn, or simple for a plain ViT"
+            )
         return {
             "name": cfg.MODEL.TIMM.NAME,
             "in_channels": input_shape.channels,
-            "out_features": cfg.MODEL.RESNETS.OUT_FEATURES,
+            "out_features": ["res4"] if pyramid == "simple" else cfg.MODEL.RESNETS.OUT_FEATURES,
             "freeze_at": cfg.MODEL.BACKBONE.FREEZE_AT,
         }
 
@@ -117,20 +148,43 @@ class TimmBackbone(Backbone):
             norm.eval()
         return self
 
+    def adopt_state(self, state: dict[str, Tensor], prefix: str) -> None:
+        """Rename the tensors of the same network as timm itself saves it, classifier and all.
+
+        Args:
+            state: a checkpoint's tensors, changed in place.
+            prefix: what comes before this module's names, with a dot at its end.
+        """
+        parents = prefix.split(".")[:-1]
+        # A detector's names may have been put before timm's (a student's and a teacher's).
+        roots = ["".join(f"{p}." for p in parents[:i]) for i in range(len(parents) + 1)]
+        for own in self.body.state_dict():
+            names = (root + name for root in roots for name in _timm_names(own))
+            found = next((name for name in names if name in state), None)
+            if found:
+                state[f"{prefix}body.{own}"] = state.pop(found)
+
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """(N, in_channels, H, W) to the named maps, each (N, C, H / stride, W / stride)."""
         maps = self.body(x)
         if self._channels_last:
             maps = [m.permute(0, 3, 1, 2) for m in maps]
-        return {name: maps[index] for name, index in self._index.items()}
+        maps = {name: maps[index] for name, index in self._index.items()}
+        if self.map_norms:
+            maps = {name: self.map_norms[name](m) for name, m in maps.items()}
+        return maps
 
 
 @BACKBONE_REGISTRY.register()
-def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     """FPN over the timm model ``MODEL.TIMM.NAME``; widths as in ``MODEL.FPN``.
 
+    With ``MODEL.TIMM.PYRAMID`` "simple" a ``SimplePyramid`` over a plain ViT, with the strides of
+    ``MODEL.FPN.IN_FEATURES``.
+
     Raises:
-        ValueError: a block that only ResNets get is asked for.
+        ValueError: a block that only ResNets get is asked for, or ``TimmBackbone`` and
+            ``MODEL.TIMM.PYRAMID`` do not go together.
     """
     for key, stages in block_stages(cfg).items():
         if any(stages):
@@ -138,7 +192,20 @@ def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
                 f"{key} is {list(stages)}, but MODEL.BACKBONE.NAME is build_timm_fpn_backbone; "
                 "set all to False or take build_norm_resnet_fpn_backbone"
             )
-    return _build_fpn(cfg, TimmBackbone(cfg, input_shape))
+    bottom_up = TimmBackbone(cfg, input_shape)
+    if cfg.MODEL.TIMM.PYRAMID == "fpn":
+        return _build_fpn(cfg, bottom_up)
+    if not bottom_up.plain:
+        raise ValueError(
+            "MODEL.TIMM.PYRAMID is simple, which makes the strides that a plain ViT lacks; "
+            f"MODEL.TIMM.NAME {cfg.MODEL.TIMM.NAME} has strides "
+            f"{bottom_up.body.feature_info.reduction()}: write fpn"
+        )
+    return SimplePyramid(
+        bottom_up=bottom_up,
+        levels=cfg.MODEL.FPN.IN_FEATURES,
+        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
+    )
 
 
 def _build_fpn(cfg: CfgNode, bottom_up: Backbone) -> FPN:
@@ -150,6 +217,37 @@ def _build_fpn(cfg: CfgNode, bottom_up: Backbone) -> FPN:
         top_block=LastLevelMaxPool(),
         fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
     )
+
+
+def _create_body(name: str, in_channels: int) -> nn.Module:
+    """timm's feature extractor for pictures of any size."""
+    timm = _import_timm()
+    if not timm.is_model(name):
+        near = ", ".join(timm.list_models(f"*{name.split('_')[-1]}*")[:5])
+        raise ValueError(
+            f"MODEL.TIMM.NAME: timm {timm.__version__} has no {name!r}; near: {near or 'none'}"
+        )
+    published = timm.models.get_pretrained_cfg(name)
+    fixed = published is not None and published.fixed_input_size
+    for options in _ANY_SIZE if fixed else ({},):
+        try:
+            body = timm.create_model(name, features_only=True, in_chans=in_channels, **options)
+            break
+        except TypeError as error:  # another family's option
+            if not any(option in str(error) for option in options):
+                raise
+    if any(getattr(module, "strict_img_size", False) for module in body.modules()):
+        raise ValueError(
+            f"MODEL.TIMM.NAME: {name} takes pictures of one size only; write a model that takes "
+            "any, as convnext_tiny, swin_tiny_patch4_window7_224 or vit_base_patch16_224"
+        )
+    return body
+
+
+def _timm_names(own: str) -> tuple[str, ...]:
+    """What timm's whole network may call a tensor of its feature extractor."""
+    flattened = re.sub(r"^(\w+?)_(\d+)\.", r"\1.\2.", own)  # "stages_0.x" of "stages.0.x"
+    return own, own.removeprefix("model."), flattened
 
 
 def _import_timm() -> ModuleType:

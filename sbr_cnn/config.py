@@ -113,6 +113,9 @@ def add_sbr_cnn_config(cfg: CfgNode) -> None:
     cfg.MODEL.TIMM = CfgNode()
     # Any timm model with features_only support; read by build_timm_fpn_backbone.
     cfg.MODEL.TIMM.NAME = "tf_efficientnet_lite0"
+    # "fpn" over maps of strides 4 to 32, or "simple" for a plain ViT, which has stride 16 alone
+    # (ViTDet; its norm is LayerNorm whatever MODEL.FPN.NORM says).
+    cfg.MODEL.TIMM.PYRAMID = "fpn"
 
     cfg.MODEL.ROI_GRID_HEAD = CfgNode()
     # GridROIHeads' grid branch (Grid R-CNN). Its RoI extractor, with keys as MODEL.ROI_BOX_HEAD's;

@@ -25,8 +25,10 @@ from detectron2.utils.logger import setup_logger  # noqa: E402
 from il_net.checkpoint import Checkpointer  # noqa: E402
 from il_net.config import load_config  # noqa: E402
 from il_net.config_checks import check_il_net_config  # noqa: E402
+from il_net.data.coco_file import parsed_once  # noqa: E402
 from il_net.data.containment import infer_groups  # noqa: E402
 from il_net.data.datasets import register_datasets  # noqa: E402
+from il_net.data.shared_records import once_per_machine  # noqa: E402
 from il_net.data.split import split_records, train_records  # noqa: E402
 from il_net.data.validate import validate_datasets  # noqa: E402
 from il_net.engine.il_trainer import trainer_class  # noqa: E402
@@ -81,15 +83,20 @@ def setup(args: argparse.Namespace) -> CfgNode:
 
 def infer_train_groups(cfg: CfgNode, share: float) -> list[dict]:
     """Which classes of the labelled training images contain which; see ``infer_groups``."""
-    labeled, _ = split_records(cfg, train_records(cfg))
-    return infer_groups(labeled, cfg.DATASETS.CLASSES, share)
+
+    def infer() -> list[dict]:
+        labeled, _ = split_records(cfg, train_records(cfg))
+        return infer_groups(labeled, cfg.DATASETS.CLASSES, share)
+
+    return once_per_machine(infer)
 
 
 def main(args: argparse.Namespace) -> dict | None:
     """Train, or with ``--eval-only`` evaluate, in one process of the job."""
     trust_checkpoints(args.trust_checkpoint)  # a spawned process has not parsed the command line
-    with plain_errors():
+    with plain_errors(), parsed_once():
         cfg = setup(args)
+        trainer = None if args.eval_only else trainer_class(cfg)(cfg)
     if args.eval_only:
         with plain_errors():
             trainer = trainer_class(cfg)
@@ -103,7 +110,6 @@ def main(args: argparse.Namespace) -> dict | None:
             verify_results(cfg, results)
         return results
     with plain_errors():
-        trainer = trainer_class(cfg)(cfg)
         trainer.resume_or_load(resume=args.resume)
     new = Path(cfg.OUTPUT_DIR, NEW_CONFIG)
     if comm.is_main_process() and new.is_file():

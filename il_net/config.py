@@ -45,7 +45,7 @@ def add_il_net_config(cfg: CfgNode) -> None:
     cfg.DATASETS.SPLIT.STRATIFIED = False
     cfg.DATASETS.SPLIT.NESTED = False
 
-    # Images that a process may skip because their files can't be read; one more stops the run.
+    # Unreadable images that a process, or an evaluation, may skip; one more stops the run.
     cfg.DATALOADER.MAX_UNREADABLE = 100
 
     # Unlabelled images per step, of all processes together (labelled: IMS_PER_BATCH).
@@ -121,6 +121,8 @@ def add_il_net_config(cfg: CfgNode) -> None:
     # model are kept beside them.
     cfg.SOLVER.CHECKPOINTS_KEPT = 0
 
+    # "SGD", or "AdamW" (momentum is not read) for transformers.
+    cfg.SOLVER.OPTIMIZER = "SGD"
     # Number format under SOLVER.AMP.ENABLED: "bf16", or "fp16" with loss scaling.
     cfg.SOLVER.AMP.DTYPE = "bf16"
     cfg.SOLVER.NONFINITE = CfgNode()

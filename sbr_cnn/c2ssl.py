@@ -156,6 +156,8 @@ class ContainmentHead(nn.Module):
         use_masks: containment between the objects' masks instead of the box with the objects.
     """
 
+    summed_buffers = ("counts",)  # what several processes have counted is to be added up
+
     @configurable
     def __init__(
         self,
@@ -273,8 +275,8 @@ class ContainmentHead(nn.Module):
             return self.class_weights
         # bincount would ask the device for the largest target.
         counts = torch.stack([((target == i) & usable).sum() for i in range(4)])
-        # Each process counts its own: an exchange in the forward pass could wait for ever for a
-        # process whose pass has failed.
+        # Of this process: the trainer adds up those of all between the steps, because an exchange
+        # in the forward pass could wait for ever for a process whose pass has failed.
         self.counts += counts
         return balanced_weights(self.counts)
 

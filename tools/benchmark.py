@@ -59,7 +59,7 @@ from il_net.engine.benchmark import (
 )
 from il_net.engine.benchmark_report import TITLES, compare, render
 from il_net.engine.semisup_benchmark import SemisupSubject, is_semisup
-from il_net.engine.trainer import AMP_DTYPES
+from il_net.engine.train_step import AMP_DTYPES
 from il_net.engine.workload import MODES, SEMISUP, make_workload
 from il_net.errors import plain_errors
 from sbr_cnn import add_sbr_cnn_config

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from il_net.config import load_config
 from il_net.data.datasets import register_datasets
 from il_net.engine.nonfinite import answer_with_nan, set_rng_state, unpack_batch
-from il_net.engine.trainer import amp_dtype
+from il_net.engine.train_step import amp_dtype
 from il_net.errors import plain_errors
 from sbr_cnn import add_sbr_cnn_config
 

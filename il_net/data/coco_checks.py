@@ -54,7 +54,7 @@ def check_categories(records: list[Any], findings: Findings) -> list[dict]:
 
 
 def check_images(records: list[Any], findings: Findings) -> list[dict]:
-    """The images with an id, a file name and sides in pixels, each id once."""
+    """The images with an id, a file name and sides in whole pixels, each id once."""
     good, bad = _split_malformed(
         records,
         lambda i: (
@@ -65,7 +65,7 @@ def check_images(records: list[Any], findings: Findings) -> list[dict]:
         ),
     )
     findings.add(
-        "images without 'id', 'file_name' and positive 'width' and 'height'",
+        "images without 'id', 'file_name' and positive whole 'width' and 'height'",
         [f"images[{i}]" for i in bad],
     )
     if not records:
@@ -84,16 +84,17 @@ def check_files(file_names: list[str], image_root: str, findings: Findings) -> l
     present, leaving, missing = [], [], []
     listings: dict[str, set[str]] = {}
     for file_name in file_names:
-        folder, base = os.path.split(os.path.normpath(file_name))
-        if os.path.isabs(file_name) or f"{folder}/".startswith("../"):
+        # Behind a link, "link/../x" is not the "x" that it looks like.
+        if os.path.isabs(file_name) or ".." in file_name.split("/"):
             leaving.append(file_name)
             continue
+        folder, base = os.path.split(os.path.normpath(file_name))
         if folder not in listings:
             # One listing per folder: a stat for every file takes minutes on network drives.
             path = os.path.join(image_root, folder)
             listings[folder] = set(os.listdir(path)) if os.path.isdir(path) else set()
         (present if base in listings[folder] else missing).append(file_name)
-    findings.add("file names that leave the image folder", leaving)
+    findings.add("file names that leave the image folder ('..', or absolute)", leaving)
     findings.add(f"image files missing from {image_root}", missing)
     return present
 
@@ -123,10 +124,6 @@ def check_annotations(
         [name_annotation(a) for a in good if a["id"] == 0],
         severity=Severity.WARNING,
         consequence="pycocotools scores a detection matched to it as a false positive",
-    )
-    findings.add(
-        "annotations with 'ignore' set, which Detectron2 refuses",
-        [name_annotation(a) for a in good if a.get("ignore", 0)],
     )
     return good
 

@@ -16,8 +16,8 @@ def is_id(value: Any) -> bool:
 
 
 def is_side(value: Any) -> bool:
-    """Whether it can be the width or height of an image."""
-    return type(value) in NUMBERS and 0 < value <= LARGEST_PX
+    """Whether it can be the width or height of an image; 640.0 is one, 640.5 is none."""
+    return type(value) in NUMBERS and 0 < value <= LARGEST_PX and value == int(value)
 
 
 def is_area(value: Any) -> bool:

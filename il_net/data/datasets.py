@@ -17,7 +17,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from .builtin import BUILTIN, open_builtin, with_categories_of
 from .class_lists import ClassNames, check_equal, check_fits, model_classes
-from .sources import CocoSource, ImagesSource, Source, VocSource
+from .sources import CocoSource, ImagesSource, Source
+from .voc_source import VocSource
 
 logger = logging.getLogger(__name__)
 

@@ -16,9 +16,10 @@ from .coco_checks import same_file
 from .near_duplicates import SIDE, perceptual_hash
 from .report import Findings, Severity
 
-_ORIENTATION = 274  # EXIF's number for it
+ORIENTATION = 274  # EXIF's number for it
+SWAPS_SIDES = (5, 6, 7, 8)
 _TURNS = range(2, 9)  # 1 is upright; some cameras write 0
-_SWAPS_SIDES = (5, 6, 7, 8)
+_TIFF_SIDES = (256, 257)
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Picture:
     @property
     def size(self) -> tuple[int, int] | None:
         """The size that a model will see, after EXIF rotation."""
-        if self.stored is None or self.orientation not in _SWAPS_SIDES:
+        if self.stored is None or self.orientation not in SWAPS_SIDES:
             return self.stored
         return self.stored[::-1]
 
@@ -51,11 +52,19 @@ class Picture:
 Pictures = Mapping[str, Picture]
 
 
+def stored_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height of an opened image before EXIF rotation, from the file's header."""
+    if image.format == "TIFF":  # newer Pillows have turned the size already
+        width, height = (image.tag_v2[tag] for tag in _TIFF_SIDES)
+        return width, height
+    return image.size
+
+
 def probe_picture(path: str, pixels: bool) -> Picture:
     """Read the header of an image file, and its pixels if asked to; errors become `fault`."""
     try:
         with Image.open(path) as image:
-            stored, orientation = image.size, image.getexif().get(_ORIENTATION, 1)
+            stored, orientation = stored_size(image), image.getexif().get(ORIENTATION, 1)
             if not pixels:
                 return Picture(stored, orientation)
             # libjpeg shrinks large pictures while it decodes, and still reads them to the end.

@@ -6,9 +6,9 @@ read before burn-in ends; and what a run sees follows from its seed alone, whate
 workers, and also after a resume.
 """
 
-import hashlib
 import logging
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -24,9 +24,14 @@ from torch.utils.data import DataLoader
 
 from .mapper import SemiMapper, TrainMapper, random_source
 from .robust import CheckedLoader, MappedImages, UnreadableImages, probe_headers
-from .split import Split, make_split, split_records, train_records
+from .shared_records import load_packed
+from .split import Split, load_split
 
 logger = logging.getLogger(__name__)
+
+# Forked workers share the records. Under `launch`, and since Python 3.14, others would be the
+# default, which get a copy each.
+_WORKER_START = "fork" if sys.platform == "linux" else None
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ class ImageStream:
 
     def __init__(
         self,
-        records: list[dict[str, Any]],
+        records: Sequence[dict[str, Any]],
         mapper: SemiMapper,
         *,
         batch_size: int,
@@ -91,6 +96,7 @@ class ImageStream:
             collate_fn=trivial_batch_collator,
             pin_memory=self._pin_memory,
             worker_init_fn=_init_worker,
+            multiprocessing_context=_WORKER_START if num_workers else None,
             # Its own, because a DataLoader draws a seed, which would shift the model's draws.
             generator=torch.Generator(),
         )
@@ -171,8 +177,7 @@ def build_semi_loader(cfg: CfgNode) -> SemiLoader:
 
     Raises:
         ValueError: a batch that the processes cannot share, ACCUMULATE below 1, no unlabelled
-            images or too many that cannot be read, processes that find different images; see also
-            `make_split`.
+            images or too many that cannot be read; see also `load_split`.
     """
     sizes = {
         "IMS_PER_BATCH": cfg.SOLVER.IMS_PER_BATCH,
@@ -184,16 +189,15 @@ def build_semi_loader(cfg: CfgNode) -> SemiLoader:
             "DATALOADER.SAMPLER_TRAIN: semi-supervised training has TrainingSampler only, got "
             f"{cfg.DATALOADER.SAMPLER_TRAIN}"
         )
-    records = train_records(cfg)
-    split = make_split(cfg, records)
-    groups = dict(zip(("labeled", "unlabeled"), split_records(cfg, records, split), strict=True))
-    _check_records(groups["labeled"], groups["unlabeled"], sizes["IMS_PER_BATCH_UNLABELED"])
+    labeled, unlabeled, split = load_split(cfg)
     unreadable = UnreadableImages.from_config(cfg)
     if sizes["IMS_PER_BATCH_UNLABELED"]:
-        _probe_unlabeled(groups["unlabeled"], unreadable.limit)
+        _check_unlabeled(unlabeled, sizes["IMS_PER_BATCH_UNLABELED"])
+        _probe_unlabeled(unlabeled, unreadable.limit)
     seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
     streams: dict[str, ImageStream] = {}
-    for (name, own), batch_size in zip(groups.items(), sizes.values(), strict=True):
+    groups = (("labeled", labeled), ("unlabeled", unlabeled))
+    for (name, own), batch_size in zip(groups, sizes.values(), strict=True):
         if batch_size:
             streams[name] = ImageStream(
                 own,
@@ -215,7 +219,7 @@ def build_semi_loader(cfg: CfgNode) -> SemiLoader:
     )
 
 
-def build_labeled_loader(cfg: CfgNode, records: list[dict[str, Any]] | None = None) -> Iterable:
+def build_labeled_loader(cfg: CfgNode, records: Sequence[dict[str, Any]] | None = None) -> Iterable:
     """Detectron2's endless loader of labelled images, which skips those that cannot be read.
 
     Args:
@@ -223,12 +227,18 @@ def build_labeled_loader(cfg: CfgNode, records: list[dict[str, Any]] | None = No
     """
     if records is None:
         keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
-        records = get_detection_dataset_dicts(
-            cfg.DATASETS.TRAIN,
-            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-            min_keypoints=keypoints if cfg.MODEL.KEYPOINT_ON else 0,
-            proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
-        )
+        proposals = cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None
+
+        def load() -> tuple[tuple[list], None]:
+            found = get_detection_dataset_dicts(
+                cfg.DATASETS.TRAIN,
+                filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+                min_keypoints=keypoints if cfg.MODEL.KEYPOINT_ON else 0,
+                proposal_files=proposals,
+            )
+            return (found,), None
+
+        (records,), _ = load_packed(load)
     unreadable = UnreadableImages.from_config(cfg)
     images = MappedImages(records, TrainMapper(cfg), seed=max(cfg.SEED, 0), limit=unreadable.limit)
     loader = build_detection_train_loader(cfg, dataset=images, mapper=_as_it_is)
@@ -256,22 +266,16 @@ def _check_sizes(sizes: dict[str, int], accumulate: int) -> None:
         raise ValueError(f"SOLVER.ACCUMULATE must be at least 1, got {accumulate}")
 
 
-def _check_records(labeled: list[dict], unlabeled: list[dict], batch_size: int) -> None:
-    if batch_size and not unlabeled:
+def _check_unlabeled(unlabeled: Sequence[dict[str, Any]], batch_size: int) -> None:
+    if not unlabeled:
         raise ValueError(
             f"SOLVER.IMS_PER_BATCH_UNLABELED is {batch_size}, but there are no unlabelled images: "
             "name datasets in DATASETS.UNLABELED, or set DATASETS.SPLIT.PERCENT below 100; or set "
             "IMS_PER_BATCH_UNLABELED 0 to train on labelled images alone"
         )
-    ids = repr([[r["image_id"] for r in group] for group in (labeled, unlabeled)])
-    if len(set(comm.all_gather(hashlib.sha256(ids.encode()).hexdigest()))) > 1:
-        raise ValueError(
-            "The processes found different images, labelled or not: DATASETS.TRAIN, UNLABELED and "
-            "SPLIT.FILE must be the same files on every machine"
-        )
 
 
-def _probe_unlabeled(records: list[dict[str, Any]], limit: int) -> None:
+def _probe_unlabeled(records: Sequence[dict[str, Any]], limit: int) -> None:
     # They are not read before burn-in ends, hours later. One process looks, and tells the others.
     key, problem = "DATASETS.UNLABELED", ""
     if comm.is_main_process():

@@ -20,11 +20,8 @@ from detectron2.data import DatasetMapper, detection_utils, transforms
 from PIL import Image, UnidentifiedImageError
 
 from .augment import StrongAugment
+from .image_checks import ORIENTATION, SWAPS_SIDES, stored_size
 from .split import without_labels
-
-_EXIF_ORIENTATION = 0x0112
-_EXIF_TURNED = (5, 6, 7, 8)
-_TIFF_SIDES = (256, 257)
 
 
 class UnreadableImage(ValueError):
@@ -36,10 +33,14 @@ class TrainMapper(DatasetMapper):
 
     Differs from it: no side of a view is below one pixel, whatever the image's shape and the crop;
     images without objects may be cropped; and errors name the file.
+
+    Args:
+        cfg: geometry and formats.
+        is_train: False makes it the mapper of an evaluation, which leaves annotations out.
     """
 
-    def __init__(self, cfg: CfgNode) -> None:
-        settings = DatasetMapper.from_config(cfg, is_train=True)
+    def __init__(self, cfg: CfgNode, is_train: bool = True) -> None:
+        settings = DatasetMapper.from_config(cfg, is_train=is_train)
         settings["augmentations"] = [_one_pixel_or_more(a) for a in settings["augmentations"]]
         super().__init__(**settings)
         # Detectron2 augments as soon as it has read the image and compared its size.
@@ -57,7 +58,8 @@ class TrainMapper(DatasetMapper):
         try:
             return super().__call__(record)
         except Exception as error:  # decoders of broken files raise whatever they stumble on
-            kind = ValueError if self._is_read else UnreadableImage
+            # An evaluation uses nothing that is recorded of objects.
+            kind = ValueError if self._is_read and self.is_train else UnreadableImage
             raise kind(_problem(record["file_name"], error)) from error
 
     def _augment_what_was_read(self, picture: transforms.AugInput) -> transforms.Transform:
@@ -132,11 +134,9 @@ def read_size(file_name: str) -> tuple[int, int]:
     """
     try:
         with Image.open(file_name) as image:
-            width, height = image.size
-            if image.format == "TIFF":  # newer Pillows have turned the size already
-                width, height = (image.tag_v2[tag] for tag in _TIFF_SIDES)
+            width, height = stored_size(image)
             in_header = image.format != "PNG" or "exif" in image.info
-            turned = in_header and image.getexif().get(_EXIF_ORIENTATION) in _EXIF_TURNED
+            turned = in_header and image.getexif().get(ORIENTATION) in SWAPS_SIDES
     except Exception as error:  # decoders of broken files raise whatever they stumble on
         raise UnreadableImage(_problem(file_name, error)) from error
     return (height, width) if turned else (width, height)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pycocotools.mask as mask_util
 
-from .coco_values import is_polygon
+from .coco_values import is_polygon, is_side
 
 # {"size": [height, width], "counts": bytes}, what pycocotools computes with.
 Rle = dict[str, Any]
@@ -62,6 +62,17 @@ def to_rle(segmentation: Any, height: int, width: int) -> Rle:
     if isinstance(counts, list):
         return mask_util.frPyObjects({"size": [height, width], "counts": counts}, height, width)
     return {"size": [height, width], "counts": counts}
+
+
+def read_rle(rle: dict) -> Rle | None:
+    """A mask of run lengths in the size that it names itself, if it is one."""
+    size = rle.get("size")
+    if not (isinstance(size, list) and len(size) == 2 and all(map(is_side, size))):
+        return None
+    try:
+        return to_rle(rle, *map(int, size))
+    except ValueError:
+        return None
 
 
 def _decompress(counts: bytes) -> np.ndarray:

@@ -25,7 +25,8 @@ from .coco_checks import (
 from .coco_file import LISTS
 from .coco_values import has_file_name, is_area, is_box, is_id, is_polygon, is_side
 from .image_checks import Picture, Pictures, picture_of
-from .polygon_checks import draw_outline, find_outline_faults, read_rle
+from .masks import read_rle
+from .polygon_checks import draw_outline, find_outline_faults
 from .polygons import clip_polygon, polygon_area, polygon_box
 
 _SCALE_TOLERANCE = 0.01

@@ -14,8 +14,8 @@ import shapely
 from pycocotools import mask as coco_mask
 
 from .coco_checks import EDGE_TOLERANCE_PX, Sizes, image_limits, image_sizes, name_annotation
-from .coco_values import is_area, is_box, is_polygon, is_side
-from .masks import Rle, to_rle
+from .coco_values import is_area, is_box, is_polygon
+from .masks import read_rle
 from .polygons import MIN_AREA_PX, clip_polygon
 from .report import Findings, Severity
 
@@ -143,17 +143,6 @@ def _rle_faults(rle: dict, size: tuple[float, float] | None) -> tuple[bool, bool
     return False, size is not None and tuple(rle["size"]) != size[::-1]
 
 
-def read_rle(rle: dict) -> Rle | None:
-    """A mask of run lengths in the size that it names itself, if it is one."""
-    size = rle.get("size")
-    if not (isinstance(size, list) and len(size) == 2 and all(map(is_side, size))):
-        return None
-    try:
-        return to_rle(rle, *map(int, size))
-    except ValueError:
-        return None
-
-
 def _has_no_area(ring: list[float]) -> bool:
     """Whether nothing is inside a ring of which the shoelace formula says so.
 
@@ -231,10 +220,6 @@ def check_outlines(annotations: list[dict], images: list[dict], findings: Findin
 
     warning, error = Severity.WARNING, Severity.ERROR
     for kind, mask, severity, consequence in (
-        (
-            "segmentations that are neither lists of lists of finite numbers nor sound RLE",
-            faults.malformed, error, "",
-        ),
         ("RLE masks of another size than their image", faults.rle_size, error, ""),
         (
             "polygons with an odd number of coordinates or fewer than three points",

@@ -12,15 +12,17 @@ from typing import Any
 
 import numpy as np
 from detectron2.config import CfgNode
-from detectron2.data import DatasetFromList
 from torch.utils.data import Dataset
 
 from .mapper import UnreadableImage, random_source, read_size
+from .shared_records import PackedRecords, pack
 from .workers import watched
 
 logger = logging.getLogger(__name__)
 
 KEY = "DATALOADER.MAX_UNREADABLE"
+# What comes of an image that an evaluation cannot read.
+MISSED = "It is scored as one in which nothing was found"
 NUM_PROBED = 2000
 _NUM_NAMED = 5
 _NUM_THREADS = 16
@@ -38,7 +40,7 @@ class MappedImages(Dataset):
     Detectron2's samplers read them.
 
     Args:
-        records: Detectron2's dataset dicts, not empty.
+        records: Detectron2's dataset dicts, not empty; packed or to be packed here.
         mapper: turns a record and a position into a sample.
         seed: of the replacements; not negative.
         limit: unreadable images that a run may meet.
@@ -52,14 +54,12 @@ class MappedImages(Dataset):
         seed: int,
         limit: int,
     ) -> None:
-        self._records = DatasetFromList(list(records), copy=False, serialize=True)
+        self._records = records if isinstance(records, PackedRecords) else pack(records)
         self._mapper = mapper
         self._seed = seed
         self._limit = limit
-        # -1: not known. An array, because reference counts of a list would unshare it.
-        self._wide = np.array(
-            [r["width"] > r["height"] if "width" in r else -1 for r in records], np.int8
-        )
+        # This process' own: sizes that are not known are read when they are needed.
+        self._wide = self._records.wide.copy()
 
     def __len__(self) -> int:
         return len(self._records)
@@ -134,25 +134,47 @@ class UnreadableImages:
         """
         for sample in samples:
             for name, reason in sample.pop(_SKIPPED, {}).items():
-                self._enter(name, reason)
+                self.enter(name, reason, "Another image takes its place")
+                self.check()
             if _ERROR in sample:
                 raise SystemExit(f"error: {sample[_ERROR]}")
             if "image" not in sample:
-                named = first_of(list(self.skipped.values()))
-                raise SystemExit(f"error: none of the images can be read: {named}")
+                self.check(none_read=True)
         return samples
 
-    def _enter(self, name: str, reason: str) -> None:
+    def leave_out(self, samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The samples of an evaluation that could be read, after the others are entered.
+
+        It has no use for replacements: `MappedImages` with a limit of 0 makes none.
+        """
+        for sample in samples:
+            for name, reason in sample.get(_SKIPPED, {}).items():
+                self.enter(name, reason, MISSED)
+        return [sample for sample in samples if "image" in sample]
+
+    def enter(self, name: str, reason: str, consequence: str) -> None:
+        """Count an image, unless it has been before, and say what comes of it."""
         if name in self.skipped:
             return
         self.skipped[name] = reason
         count = len(self.skipped)
-        if count > self.limit:
-            raise SystemExit(f"error: {too_many(list(self.skipped.values()), self.limit)}")
-        logger.warning(
-            "%s. Another image takes its place (%d skipped so far, %s is %d)",
-            *(reason, count, KEY, self.limit),
-        )
+        if count <= self.limit:
+            logger.warning(
+                "%s. %s (%d skipped so far, %s is %d)",
+                *(reason, consequence, count, KEY, self.limit),
+            )
+
+    def check(self, none_read: bool = False) -> None:
+        """Stop if there are more images than the limit, or none can be read.
+
+        Raises:
+            SystemExit: names the first ones.
+        """
+        reasons = list(self.skipped.values())
+        if len(reasons) > self.limit:
+            raise SystemExit(f"error: {too_many(reasons, self.limit)}")
+        if none_read:
+            raise SystemExit(f"error: none of the images can be read: {first_of(reasons)}")
 
 
 class CheckedLoader:

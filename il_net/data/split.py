@@ -11,14 +11,16 @@ import logging
 import os
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, get_detection_dataset_dicts
+from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 from detectron2.utils import comm
 
+from .shared_records import PackedRecords, load_packed
 from .sources import find_path
 from .split_file import ImageId, read_labeled, split_document
 from .stratify import floor_share, order_by_hash, stratify
@@ -110,19 +112,27 @@ def train_records(cfg: CfgNode) -> Records:
     `DATALOADER.FILTER_EMPTY_ANNOTATIONS` is False. So it is in no split, labelled or not.
 
     Raises:
-        ValueError: DATASETS.TRAIN is empty.
+        ValueError: DATASETS.TRAIN is empty, or one of its data sets has no such image.
     """
     if not cfg.DATASETS.TRAIN:
         raise ValueError("DATASETS.TRAIN is empty: name a dataset with labels")
     keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
-    return {
-        name: get_detection_dataset_dicts(
-            name,
-            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-            min_keypoints=keypoints if cfg.MODEL.KEYPOINT_ON else 0,
-        )
-        for name in cfg.DATASETS.TRAIN
-    }
+    records = {}
+    for name in cfg.DATASETS.TRAIN:
+        try:
+            records[name] = get_detection_dataset_dicts(
+                name,
+                filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+                min_keypoints=keypoints if cfg.MODEL.KEYPOINT_ON else 0,
+            )
+        except AssertionError as error:  # Detectron2's way to say that no image is left
+            meta = MetadataCatalog.get(name)
+            raise ValueError(
+                f"DATASETS.TRAIN: '{name}' ({meta.get('json_file') or meta.get('dirname')}): "
+                f"{error} Crowds do not count, nor objects whose polygons have less than three "
+                "points"
+            ) from error
+    return records
 
 
 def make_split(cfg: CfgNode, records: Records) -> Split:
@@ -175,6 +185,47 @@ def split_records(
         for record in DatasetCatalog.get(name):
             unlabeled.setdefault(os.path.abspath(record["file_name"]), without_labels(record))
     return labeled, list(unlabeled.values())
+
+
+def load_train(cfg: CfgNode) -> PackedRecords:
+    """All of `train_records`, once for all processes of a machine; every process has to call it.
+
+    Raises:
+        ValueError: see `train_records` and `load_packed`.
+    """
+
+    def load() -> tuple[tuple[list], None]:
+        return (list(chain.from_iterable(train_records(cfg).values())),), None
+
+    (records,), _ = load_packed(load)
+    return records
+
+
+def load_split(cfg: CfgNode) -> tuple[PackedRecords, PackedRecords, Split]:
+    """What `split_records` gives, and the split; once for all processes of a machine.
+
+    Every process has to call it.
+
+    Raises:
+        ValueError: see `train_records`, `make_split` and `load_packed`; or the machines find
+            different images.
+        FileNotFoundError: see `make_split`.
+    """
+
+    def load() -> tuple[tuple[list, list], tuple[Split, str]]:
+        records = train_records(cfg)
+        split = make_split(cfg, records)
+        groups = split_records(cfg, records, split)
+        ids = repr([[record["image_id"] for record in group] for group in groups])
+        return groups, (split, hashlib.sha256(ids.encode()).hexdigest())
+
+    (labeled, unlabeled), (split, digest) = load_packed(load)
+    if len(set(comm.all_gather(digest))) > 1:
+        raise ValueError(
+            "The processes found different images, labelled or not: DATASETS.TRAIN, UNLABELED and "
+            "SPLIT.FILE must be the same files on every machine"
+        )
+    return labeled, unlabeled, split
 
 
 def without_labels(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,10 +16,11 @@ from .coco_checks import (
     check_files,
     check_images,
     check_references,
-    name_annotation,
+    image_sizes,
 )
-from .coco_file import LISTS, read_coco_json
-from .coco_values import has_file_name, is_area
+from .coco_file import LISTS, paused_gc, read_coco_json
+from .coco_values import has_file_name
+from .label_checks import check_flags, check_scored, check_segmentations
 from .report import Findings, Report
 
 if TYPE_CHECKING:
@@ -40,11 +41,12 @@ def validate_coco(
 
     Fatal, because Detectron2 could not load the file or would train on wrong data: not JSON, a
     missing or malformed list or record, no images, no usable annotations (`labeled` only), missing
-    image files, file names that leave `image_root`, repeated image, annotation or category ids,
+    image files, file names that may leave `image_root`, repeated image, annotation or category ids,
     repeated category names, unknown image or category ids, boxes that are not four finite numbers,
-    boxes of negative size (Detectron2 mirrors them into real boxes), `ignore` flags,
-    annotations without `area` or `iscrowd` (`scored` only: pycocotools stops there, after the
-    training), objects without `segmentation` (`masks` only).
+    boxes of negative size (Detectron2 mirrors them into real boxes), `ignore` flags, malformed
+    crowd flags, keypoints or masks; annotations without `area`, `iscrowd` or an integer as id
+    (`scored` only: pycocotools stops there, after the training); objects without `segmentation` or
+    with an RLE of another size than their image (`masks` only).
 
     Warnings, because Detectron2 handles them: boxes of zero size and boxes wholly outside the
     image (dropped), boxes that leave the image by more than 1 px (clipped), annotations
@@ -66,14 +68,15 @@ def validate_coco(
     """
     findings = Findings()
     try:
-        data = read_coco_json(json_file)
+        data = dict(read_coco_json(json_file))  # others read it as it is
     except ValueError as e:
         findings.state(str(e))
         return Report(json_file, image_root, problems=tuple(findings.problems))
-    records = check_records(
-        data, json_file, image_root, findings, labeled=labeled, scored=scored, masks=masks
-    )
-    return make_report(json_file, image_root, records, findings)
+    with paused_gc():
+        records = check_records(
+            data, json_file, image_root, findings, labeled=labeled, scored=scored, masks=masks
+        )
+        return make_report(json_file, image_root, records, findings)
 
 
 @dataclass(frozen=True)
@@ -119,15 +122,10 @@ def check_records(
     named = [i["file_name"] for i in data["images"] if has_file_name(i)]
     files = check_files(named, image_root, findings)
     annotations = check_annotations(data["annotations"], findings, "minival" in json_file)
+    check_flags(annotations, findings)
     if scored:
-        kind = "annotations without a number 'area', which COCO's metrics need"
-        bad = [name_annotation(a) for a in annotations if not is_area(a.get("area"))]
-        findings.add(kind, bad)
-        kind = "annotations without 'iscrowd', which COCO's metrics need"
-        findings.add(kind, [name_annotation(a) for a in annotations if "iscrowd" not in a])
-    if masks:
-        kind = "objects without 'segmentation', which MODEL.MASK_ON needs"
-        findings.add(kind, [name_annotation(a) for a in annotations if not a.get("segmentation")])
+        check_scored(annotations, findings)
+    check_segmentations(annotations, image_sizes(images), findings, masks=masks, scored=scored)
     check_references(annotations, images, categories, findings)
     check_boxes(annotations, images, findings)
     num_crowd = sum(1 for a in annotations if a.get("iscrowd", 0))

@@ -24,7 +24,8 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 from torch.profiler import ProfilerActivity
 
-from .trainer import Trainer, TrainStep
+from .train_step import TrainStep
+from .trainer import Trainer
 from .workload import MODES, SEED, SEMISUP, Workload, fix_decisions, settle_norms
 
 logger = logging.getLogger(__name__)

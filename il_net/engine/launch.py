@@ -14,6 +14,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from detectron2.utils import comm
 
+from .rendezvous import fresh_store
+
 # COCO evaluation runs on rank 0 while the others wait.
 TIMEOUT = timedelta(hours=2)
 TORCHRUN = {"RANK", "WORLD_SIZE", "LOCAL_RANK"}
@@ -149,7 +151,13 @@ def _run(
     else:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, init_method=url, timeout=TIMEOUT, **ranks)
+    if dist.is_torchelastic_launched():
+        store, rank, world_size = next(dist.rendezvous(url, timeout=TIMEOUT))
+        where = {"store": fresh_store(store, rank, world_size)}
+        ranks = {"rank": rank, "world_size": world_size}
+    else:
+        where = {"init_method": url}
+    dist.init_process_group(backend, timeout=TIMEOUT, **where, **ranks)
     _create_local_group(local_size)
     comm.synchronize()
     try:

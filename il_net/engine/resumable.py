@@ -6,8 +6,7 @@ alone, so that no state of generators or samplers has to be kept.
 """
 
 import logging
-from collections.abc import Iterable, Iterator
-from itertools import chain
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -20,7 +19,7 @@ from ..checkpoint_files import UnwrittenError, choose_checkpoint, tag_last
 from ..data.loader import ImageStream, build_labeled_loader
 from ..data.mapper import SemiMapper
 from ..data.robust import UnreadableImages
-from ..data.split import split_digest, train_records
+from ..data.split import load_train, split_digest
 from .preemption import Preemption
 
 logger = logging.getLogger(__name__)
@@ -138,7 +137,7 @@ class _SeededMapper(SemiMapper):
         return sample
 
 
-def build_resumable_loader(cfg: CfgNode, records: list[dict] | None = None) -> Iterable:
+def build_resumable_loader(cfg: CfgNode, records: Sequence[dict] | None = None) -> Iterable:
     """The loader of a plain detector's training.
 
     Detectron2's own samplers beside ``TrainingSampler``, and precomputed proposals, are read by
@@ -150,7 +149,7 @@ def build_resumable_loader(cfg: CfgNode, records: list[dict] | None = None) -> I
     if cfg.DATALOADER.SAMPLER_TRAIN != "TrainingSampler" or cfg.MODEL.LOAD_PROPOSALS:
         return build_labeled_loader(cfg, records)
     if records is None:
-        records = list(chain.from_iterable(train_records(cfg).values()))
+        records = load_train(cfg)
     seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
     weak = cfg.clone()
     weak.defrost()

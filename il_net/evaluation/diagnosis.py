@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, DatasetMapper, build_detection_test_loader
+from detectron2.data import DatasetCatalog, DatasetMapper
 from detectron2.data import transforms as T
 from detectron2.evaluation import inference_on_dataset
 from detectron2.structures import Boxes, pairwise_iou
@@ -24,6 +24,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 
+from ..data.eval_loader import build_eval_loader
 from .build import build_evaluator
 
 BINS = 20
@@ -175,7 +176,7 @@ def evaluate(
         where there is no object, and for all images where nothing was found.
     """
     evaluator = build_evaluator(cfg, name)
-    results = inference_on_dataset(model, build_detection_test_loader(cfg, name), evaluator)
+    results = inference_on_dataset(model, build_eval_loader(cfg, name), evaluator)
     by_group: dict[str, dict] = {title: {} for title in groups or {}}
     folder = Path(cfg.OUTPUT_DIR, "inference", name)
     for task in results if groups else ():

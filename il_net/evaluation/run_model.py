@@ -4,15 +4,18 @@ import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 from detectron2.utils.logger import log_every_n_seconds
 
+from ..data.robust import MISSED, UnreadableImages
 from ..predict import Predictor, read_picture, to_coco
 from .predictions import Labels, parse_predictions, parse_truth
 
 _SECONDS_PER_LINE = 10
+_IMAGE_FIELDS = ("file_name", "height", "width")
 
 
 def run_model(cfg: CfgNode, *, masks: bool) -> Iterator[tuple[str, Labels, Labels]]:
@@ -22,9 +25,11 @@ def run_model(cfg: CfgNode, *, masks: bool) -> Iterator[tuple[str, Labels, Label
         cfg: of a trained model; ``MODEL.WEIGHTS`` are loaded.
         masks: compare masks instead of boxes.
 
+    On a picture that cannot be used nothing is found; `DATALOADER.MAX_UNREADABLE` limits them.
+
     Raises:
-        ValueError: no dataset or class is named, the model has no masks though they are wanted, or
-            a picture is not of the size that its record has.
+        ValueError: no dataset or class is named, or the model has no masks though they are wanted.
+        SystemExit: more pictures that cannot be used than the limit, or all of a dataset.
     """
     if not cfg.DATASETS.TEST:
         raise ValueError("DATASETS.TEST is empty: name the datasets to run the model on")
@@ -38,27 +43,40 @@ def run_model(cfg: CfgNode, *, masks: bool) -> Iterator[tuple[str, Labels, Label
         # Without training sets, a dataset keeps a class list of its own.
         truth = _empty_document(MetadataCatalog.get(name).thing_classes)
         found = _empty_document(cfg.DATASETS.CLASSES)
+        unreadable, read = UnreadableImages.from_config(cfg), 0
         for image_id, record in enumerate(records, start=1):
-            picture = read_picture(Path(record["file_name"]))
-            sides = {"height": record["height"], "width": record["width"]}
-            if picture.shape[:2] != tuple(sides.values()):
-                raise ValueError(
-                    f"{record['file_name']} is {picture.shape[:2]} (height, width), in the "
-                    f"dataset {name} {tuple(sides.values())}"
-                )
-            image = {"id": image_id, "file_name": record["file_name"], **sides}
+            image = {"id": image_id, **{key: record[key] for key in _IMAGE_FIELDS}}
             truth["images"].append(image)
             truth["annotations"] += [_to_record(a, image_id) for a in record["annotations"]]
             found["images"].append(image)
-            found["annotations"] += to_coco(predictor(picture), image_id)
+            try:
+                picture = _read(record, name)
+            except ValueError as error:
+                unreadable.enter(image["file_name"], str(error), MISSED)
+                unreadable.check()
+            else:
+                found["annotations"] += to_coco(predictor(picture), image_id)
+                read += 1
             log_every_n_seconds(
                 logging.INFO, f"{name}: {image_id} of {len(records)} images", n=_SECONDS_PER_LINE
             )
+        unreadable.check(none_read=not read)
         for document in (truth, found):
             for number, annotation in enumerate(document["annotations"], start=1):
                 annotation["id"] = number
         labels = parse_truth(truth, name, masks=masks)
         yield name, labels, parse_predictions(found, name, labels, masks=masks)
+
+
+def _read(record: dict, dataset: str) -> np.ndarray:
+    """The picture of a record: (H, W, 3) uint8, BGR; a ValueError if it is not of its size."""
+    picture, size = read_picture(Path(record["file_name"])), (record["height"], record["width"])
+    if picture.shape[:2] != size:
+        raise ValueError(
+            f"{record['file_name']} is {picture.shape[:2]} (height, width), in the dataset "
+            f"{dataset} {size}"
+        )
+    return picture
 
 
 def _empty_document(classes: Sequence[str]) -> dict[str, list[dict]]:

@@ -24,7 +24,7 @@ from detectron2.engine import DefaultTrainer
 from detectron2.modeling.roi_heads import FastRCNNOutputLayers
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
-from il_net.engine.trainer import TrainStep
+from il_net.engine.train_step import TrainStep
 from il_net.modeling import teacher_student
 
 what, iteration, rank, *sys.argv = sys.argv[1:]

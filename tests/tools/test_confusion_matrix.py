@@ -264,7 +264,25 @@ def test_model_without_masks(run, config):
         run("--config-file", config, "--masks", "MODEL.MASK_ON", "False")
 
 
-def test_picture_of_another_size(run, config, tmp_path):
-    cv2.imwrite(str(tmp_path / "p" / "2.png"), np.zeros((40, 20, 3), np.uint8))
-    with pytest.raises(SystemExit, match=r"2\.png is \(40, 20\) .* dataset mine \(20, 40\)"):
+def test_pictures_that_cannot_be_used(run, config, tmp_path, caplog):
+    """Their objects are missed, up to a limit."""
+    path = tmp_path / "p" / "2.png"
+    for damage, problem in (
+        (lambda: cv2.imwrite(str(path), np.zeros((40, 20, 3), np.uint8)), "is (40, 20) (height"),
+        (lambda: path.write_text("no picture"), "can't be read as a picture"),
+    ):
+        damage()
+        caplog.clear()
+        run("--config-file", config)
+        (warning,) = [r.message for r in caplog.records if r.levelname == "WARNING"]
+        assert warning.startswith(f"{path} {problem}")
+        assert "nothing was found (1 skipped so far, DATALOADER.MAX_UNREADABLE is 100)" in warning
+        counts = table(tmp_path / "out" / "mine" / "confusion_counts.csv")
+        # Of image 1 the leaf is found and rust is taken for one; of image 2 the leaf is missed.
+        assert counts[1][:3] == ["leaf", "2", "0"] and counts[1][-1] == "1"
+        assert counts[-1][1:] == ["0"] * 5
+    with pytest.raises(SystemExit, match=r"^error: unreadable images: 1, .*2\.png can't be read"):
+        run("--config-file", config, "DATALOADER.MAX_UNREADABLE", 0)
+    (tmp_path / "p" / "1.png").unlink()
+    with pytest.raises(SystemExit, match=r"^error: none of the images can be read: .*1\.png"):
         run("--config-file", config)

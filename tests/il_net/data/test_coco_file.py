@@ -1,10 +1,19 @@
 """Reading and writing COCO files."""
 
+import gc
 import json
 
 import pytest
 
-from il_net.data.coco_file import read_coco, read_coco_json, read_json, write_coco
+from il_net.data.coco_file import (
+    parsed_once,
+    paused_gc,
+    read_coco,
+    read_coco_json,
+    read_json,
+    take_coco_json,
+    write_coco,
+)
 
 DOCUMENT = {
     "info": {"description": "Blätter"},
@@ -60,9 +69,11 @@ def test_what_is_no_coco_file_is_named(tmp_path):
         (b'{"a":' * 100_000, "nested too deeply"),
         (b'{"images": ' + b"9" * 5000 + b"}", "is not JSON: .*digits"),
         (b"\xff\xfe{}", "is not JSON: .*utf-8"),
+        (rb'{"images": ["\ud83d"]}', "is not JSON: .*utf-8.*surrogates"),
+        (rb'{"images": ["\uDE00\uD83D"]}', "is not JSON: .*utf-8.*surrogates"),
         (b"\xef\xbb\xbf{}", "is not JSON: it begins with a byte order mark; save it"),
     ],
-    ids=["lists", "objects", "digits", "encoding", "mark"],
+    ids=["lists", "objects", "digits", "encoding", "half a character", "two halves", "mark"],
 )
 def test_odd_json_is_named(tmp_path, read, content, message):
     path = tmp_path / "x.json"
@@ -71,7 +82,56 @@ def test_odd_json_is_named(tmp_path, read, content, message):
         read(path)
 
 
+def test_a_character_of_two_escapes_is_whole(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text(r'["\ud83d\ude00", "\\ud83d"]')
+    assert read_json(path) == ["\N{GRINNING FACE}", r"\ud83d"]
+
+
 def test_a_byte_order_mark_where_it_may_be(tmp_path):
     path = tmp_path / "x.json"
     path.write_bytes(b'\xef\xbb\xbf{"a": "\xc3\xa4"}')
     assert read_json(path, mark_allowed=True) == {"a": "ä"}
+
+
+def test_a_file_is_parsed_once_until_it_is_taken_or_changes(tmp_path):
+    path, other = tmp_path / "x.json", tmp_path / "y.json"
+    write_coco(path, DOCUMENT)
+    write_coco(other, {})
+    assert read_coco_json(path) is not read_coco_json(path)
+    with parsed_once():
+        first = read_coco_json(path)
+        assert read_coco_json(str(path)) is first
+        assert read_coco_json(other) == {}
+        assert take_coco_json(path) is first
+        second = read_coco_json(path)
+        assert second == first
+        assert second is not first
+        write_coco(path, {"images": []})
+        assert read_coco_json(path) == {"images": []}
+        path.unlink()
+        with pytest.raises(FileNotFoundError, match=r"there is no file .*x\.json"):
+            read_coco_json(path)
+        path.write_text("[]")
+        for _ in range(2):  # what is no COCO file is none when it is read again
+            with pytest.raises(ValueError, match="holds a JSON list"):
+                read_coco_json(path)
+        kept = read_coco_json(other)
+    assert read_coco_json(other) is not kept  # nothing is held any longer
+
+
+def test_gc_goes_on_as_before():
+    assert gc.isenabled()
+    with pytest.raises(ValueError, match="out"), paused_gc():
+        with paused_gc():
+            assert not gc.isenabled()
+        assert not gc.isenabled()
+        raise ValueError("out")
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with paused_gc():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()

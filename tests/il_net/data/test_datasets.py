@@ -14,9 +14,10 @@ from detectron2.data.datasets import register_coco_instances
 from detectron2.structures import BoxMode
 
 from il_net.config import add_il_net_config
-from il_net.data import sources
+from il_net.data import coco_file, sources
 from il_net.data.class_lists import contiguous_ids, is_subsequence, model_classes
 from il_net.data.datasets import register_datasets
+from il_net.data.validate import validate_datasets
 
 REPO = Path(__file__).parents[3]
 DATA = REPO.parent / "shared" / "data"
@@ -387,6 +388,24 @@ def test_categories_are_read_once(tmp_path, monkeypatch):
     assert reads == [str(tmp_path / "train.json")]
 
 
+def test_a_start_parses_each_file_once(tmp_path, monkeypatch):
+    """For its categories, its faults and its records; a test set's records come later."""
+    parsed = []
+    parse = coco_file.read_json
+    monkeypatch.setattr(coco_file, "read_json", lambda path: (parsed.append(path), parse(path))[1])
+    train, val = (write_coco(tmp_path, name, {1: "leaf"}) for name in ("train", "val"))
+    data = json.loads((tmp_path / "val.json").read_text())
+    data["annotations"][0]["area"] = 6.0
+    (tmp_path / "val.json").write_text(json.dumps(data))
+    cfg = make_cfg(train, val, test=("val",))
+    with coco_file.parsed_once():
+        register_datasets(cfg)
+        validate_datasets(cfg)
+        records = DatasetCatalog.get("train")
+    assert parsed == [str(tmp_path / "train.json"), str(tmp_path / "val.json")]
+    assert records == DatasetCatalog.get("train")
+
+
 def test_paths(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     monkeypatch.setenv("DETECTRON2_DATASETS", "/data")
@@ -455,6 +474,11 @@ def break_voc(root: Path, case: str) -> None:
         split.write_text("p1\np2\np1\n")
     elif case == "not xml":
         xml.write_text("<annotation>")
+    elif case == "other encoding":
+        text = xml.read_text().replace("leaf", "Blättchen")
+        xml.write_bytes(f'<?xml version="1.0" encoding="latin-1"?>{text}'.encode("latin-1"))
+    elif case == "list of other encoding":
+        split.write_text("p1\np2\n", encoding="utf-16")
     else:
         old, new = case.split(" -> ")
         xml.write_text(xml.read_text().replace(old, new))
@@ -475,7 +499,14 @@ def break_voc(root: Path, case: str) -> None:
         ("columns", ValueError, r"train\.txt: expected one image name a line.*'p1 1'"),
         ("twice", ValueError, r"train\.txt: 1 images are listed twice: \['p1'\]"),
         ("not xml", ValueError, r"p1\.xml is not XML"),
+        ("other encoding", ValueError, r"p1\.xml must be saved as UTF-8"),
+        ("list of other encoding", ValueError, r"train\.txt must be saved as UTF-8"),
         ("<width>20</width> -> ", ValueError, r"p1\.xml: size/width must be"),
+        ("<width>20 -> <width>\u00b2", ValueError, r"p1\.xml: size/width .* got '\u00b2'"),
+        ("<width>20 -> <width>0", ValueError, r"p1\.xml: size/width must be a positive whole"),
+        ("<width>20 -> <width>" + "9" * 5000, ValueError, r"p1\.xml: size/width must be"),
+        ("<xmax>12 -> <xmax>1e300", ValueError, r"p1\.xml: object 0 .*up to 1,000,000"),
+        ("<xmax>12 -> <xmax>2", ValueError, r"p1\.xml: object 0 .*the smaller ones first"),
         ("<xmax>12</xmax> -> <xmax/>", ValueError, r"p1\.xml: object 0 \('leaf'\) needs a name"),
         ("<name>leaf</name> -> ", ValueError, r"p1\.xml: object 0 \('None'\) needs a name"),
     ],

@@ -26,11 +26,11 @@ def encode(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
     return buffer.getvalue()
 
 
-def turned(image: Image.Image, orientation: int) -> bytes:
-    """A JPEG that asks to be turned."""
+def turned(image: Image.Image, orientation: int, kind: str = "JPEG") -> bytes:
+    """A file that asks to be turned."""
     exif = Image.Exif()
     exif[274] = orientation
-    return encode(image, exif=exif)
+    return encode(image, kind, exif=exif)
 
 
 BROKEN = {
@@ -92,17 +92,32 @@ def test_every_kind_of_pixel_is_read(tmp_path, kind):
     assert found.fault == "" and found.hash is not None
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_size_is_the_one_that_detectron2_reads(tmp_path, orientation):
-    utils = pytest.importorskip("detectron2.data.detection_utils")
-    (tmp_path / "a.jpg").write_bytes(turned(picture(1), orientation))
-    height, width = utils.read_image(str(tmp_path / "a.jpg"), "RGB").shape[:2]
-    found = probe_picture(str(tmp_path / "a.jpg"), False)
-    assert (found.stored, found.orientation, found.size) == (
-        (160, 120),
-        orientation,
-        (width, height),
-    )
+def test_size_is_the_one_that_detectron2_reads(tmp_path, orientation, kind):
+    pytest.importorskip("detectron2")
+    from il_net.data.mapper import detection_utils, read_size
+
+    path = tmp_path / "a"
+    path.write_bytes(turned(picture(1), orientation, kind))
+    height, width = detection_utils.read_image(str(path), "RGB").shape[:2]
+    # EXIF 2.3, 4.6.4: from 5 on, rows of what is stored are columns.
+    assert (width, height) == ((160, 120) if orientation < 5 else (120, 160))
+    assert read_size(str(path)) == (width, height)
+    for pixels in (False, True):
+        found = probe_picture(str(path), pixels)
+        assert (found.stored, found.orientation, found.size) == (
+            (160, 120),
+            orientation,
+            (width, height),
+        )
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])
+def test_a_turned_file_is_hashed_upright(tmp_path, kind):
+    upright = hash_of(encode(picture(1), "PNG"), tmp_path)
+    stored = picture(1).transpose(Image.Transpose.ROTATE_90)  # 6 turns it back
+    assert (hash_of(turned(stored, 6, kind), tmp_path) != upright).sum() <= 8
 
 
 def size_findings(tmp_path: Path, content: bytes, width: int, height: int) -> list[tuple]:

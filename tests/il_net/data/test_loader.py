@@ -32,6 +32,7 @@ from il_net.data.loader import (
     share_workers,
 )
 from il_net.data.mapper import SemiMapper, read_size
+from il_net.data.shared_records import PackedRecords
 
 WIDE, TALL = (24, 16), (16, 24)
 
@@ -452,18 +453,8 @@ def test_nothing_but_unreadable_pictures(make_cfg, tmp_path):
 
 def test_unusable_labels_stop_with_the_files_name(make_cfg, monkeypatch):
     cfg = make_cfg([WIDE], [WIDE])
-    monkeypatch.setattr(
-        robust.DatasetFromList,
-        "__getitem__",
-        lambda self, i: {**self._plain[i], "annotations": [{"bbox": [1, 2]}]},
-    )
-    init = robust.DatasetFromList.__init__
-
-    def keep(self, records, **options):
-        self._plain = records
-        init(self, records, **options)
-
-    monkeypatch.setattr(robust.DatasetFromList, "__init__", keep)
+    read, wrong = PackedRecords.__getitem__, {"annotations": [{"bbox": [1, 2]}]}
+    monkeypatch.setattr(PackedRecords, "__getitem__", lambda self, i: {**read(self, i), **wrong})
     with pytest.raises(SystemExit, match=r"error: .*l/0\.png cannot be used: KeyError"):
         take(build_semi_loader(cfg), 1)
 
@@ -545,4 +536,4 @@ def test_processes_with_different_images(make_cfg, monkeypatch):
 def test_records_are_kept_as_bytes(make_cfg):
     """One array: reference counts of Python objects would copy it into every worker."""
     stream: ImageStream = build_semi_loader(make_cfg([WIDE] * 3, [WIDE])).labeled
-    assert stream._images._records._lst.dtype == np.uint8
+    assert stream._images._records.data.dtype == np.uint8

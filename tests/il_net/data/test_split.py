@@ -19,6 +19,8 @@ from il_net.data.split import (
     Split,
     count_labeled,
     draw_labeled,
+    load_split,
+    load_train,
     make_split,
     split_digest,
     split_records,
@@ -312,6 +314,16 @@ def test_the_rest_of_the_training_set_is_unlabeled_and_bare(cfg):
     assert [r["image_id"] for r in labeled] == sorted(draw_labeled((5, 9, 11, 20), 50, 1))
     cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
     assert {i for part in labeled_of(cfg) for i in part} == {3, 4, 5, 9, 11, 20}
+
+
+def test_loading_packs_the_same_records(cfg):
+    register("train", [make_record(i, 0, 1) for i in (20, 5, 11, 9)])
+    cfg.DATASETS.SPLIT.PERCENT = 50.0
+    records = train_records(cfg)
+    labeled, unlabeled, split = load_split(cfg)
+    assert split == make_split(cfg, records)
+    assert (list(labeled), list(unlabeled)) == split_records(cfg, records)
+    assert list(load_train(cfg)) == records["train"]
 
 
 def test_everything_is_labeled_by_default(cfg):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from il_net.data.coco_file import parsed_once, read_coco_json
 from il_net.data.report import Findings, Report, Severity
 from il_net.data.validate import validate_coco, validate_datasets
 
@@ -97,10 +98,14 @@ FATAL = {
     "hidden dot dot": (
         change(("images", 0, "file_name"), "sub/../../a.jpg"), "leave the", 1, "sub/../../a.jpg",
     ),
+    "dot dot inside": (
+        change(("images", 1, "file_name"), "sub/../a.jpg"), "leave the", 1, "sub/../a.jpg",
+    ),
     "absolute": (change(("images", 0, "file_name"), "/etc/hosts"), "leave the", 1, "/etc/hosts"),
     "image id twice": (change(("images", 1, "id"), 1), "image ids used twice", 1, "1"),
     "image id missing": (change(("images", 1, "id"), ...), "images without 'id'", 1, "images[1]"),
     "image width": (change(("images", 1, "width"), 0), "images without", 1, "images[1]"),
+    "image part": (change(("images", 1, "width"), 99.5), "images without", 1, "images[1]"),
     "image no record": (change(("images", 1), 5), "images without 'id'", 1, "images[1]"),
     "mixed image ids": (change(("images", 1, "id"), "b"), "partly numbers, partly strings", 1, ""),
     "annotation id twice": (
@@ -125,6 +130,27 @@ FATAL = {
         change(("categories", 1, "name"), ...), "categories without", 1, "categories[1]",
     ),
     "ignore": (change(("annotations", 2, "ignore"), 1), "'ignore' set", 1, "annotation 13"),
+    **{
+        f"crowd {value}": (
+            change(("annotations", 2, "iscrowd"), value), "neither 0 nor 1", 1, "annotation 13",
+        )
+        for value in (None, "no", 2, [0], float("nan"))
+    },
+    **{
+        f"keypoints {value}": (
+            change(("annotations", 2, "keypoints"), value), "'keypoints' are no", 1, "annotation 13"
+        )
+        for value in ("abc", 7, [1, 2, "2"], {"a": 1}, [float("nan"), 1, 2])
+    },
+    **{
+        f"segmentation {value}": (
+            change(("annotations", 2, "segmentation"), value), "neither lists", 1, "annotation 13",
+        )
+        for value in (
+            "abc", 7, [1, 2, 3, 4, 5, 6], [["1"] * 6], [[1, 2, 3, 4, 5, float("inf")]], [None],
+            {"counts": [5000]}, {"size": [50, 100], "counts": [5]}, {"size": [50], "counts": "zz"},
+        )
+    },
     **{
         f"box {box}": (
             change(("annotations", 2, "bbox"), box), "not four finite numbers", 1,
@@ -251,6 +277,49 @@ def test_masks_need_segmentation(tmp_path):
     assert validate_coco(*files, labeled=True).problems == ()
 
 
+@pytest.mark.parametrize(
+    ("segmentation", "fatal", "only_scored"),
+    [  # an image of 100 x 50 px
+        ([[0, 0, 5, 0, 5, 5]], "", False),
+        ({"size": [50, 100], "counts": [0, 5000]}, "", False),
+        ({"size": [50.0, 100], "counts": [0, 5000]}, "", False),
+        ({"size": [100, 50], "counts": [0, 5000]}, "RLE masks of another size", False),
+        # pycocotools takes four numbers for a box, and refuses fewer; training leaves them out.
+        ([[0, 0, 5, 5]], "polygons with an odd number", True),
+        ([[0, 0, 5, 0, 5, 5], []], "polygons with an odd number", True),
+        ([[0, 0, 5, 0, 5, 5, 7]], "polygons with an odd number", True),
+    ],
+)
+def test_masks_that_are_compared(tmp_path, segmentation, fatal, only_scored):
+    data = good_coco()
+    for annotation in data["annotations"]:
+        annotation.update(segmentation=[[0, 0, 5, 0, 5, 5]], area=12.5, iscrowd=0)
+    data["annotations"][2]["segmentation"] = segmentation
+    check(tmp_path, data)
+    files = str(tmp_path / "data.json"), str(tmp_path / "pictures")
+    for masks in (False, True):
+        for scored in (False, True):
+            report = validate_coco(*files, labeled=True, scored=scored, masks=masks)
+            expected = [fatal] if fatal and masks and (scored or not only_scored) else []
+            assert [p.kind[: len(fatal)] for p in report.fatal] == expected
+            assert all(p.offenders == ("annotation 13 (image 2)",) for p in report.fatal)
+
+
+@pytest.mark.parametrize("annotation_id", ["13", 2**53 + 1, 10**400])
+def test_scored_file_needs_ids_that_are_numbers(tmp_path, annotation_id):
+    """COCO's metrics put them into an array of floating-point numbers."""
+    data = good_coco()
+    for annotation in data["annotations"]:
+        annotation.update(area=25, iscrowd=0)
+    data["annotations"][2]["id"] = annotation_id
+    check(tmp_path, data)
+    files = str(tmp_path / "data.json"), str(tmp_path / "pictures")
+    assert validate_coco(*files, labeled=True).problems == ()
+    (problem,) = validate_coco(*files, labeled=False, scored=True).fatal
+    assert "'id' is no integer up to 9007199254740992" in problem.kind
+    assert problem.offenders == (f"annotation {annotation_id} (image 2)",)
+
+
 def test_scored_file_needs_areas_and_iscrowd(tmp_path):
     data = good_coco()
     check(tmp_path, data)
@@ -323,6 +392,14 @@ def test_validate_datasets_names_dataset_file_and_counts(tmp_path):
             validate_datasets(cfg)
     finally:
         MetadataCatalog.pop("validate_me")
+
+
+def test_what_others_read_is_left_alone(tmp_path):
+    """Lists that a file of images may lack are not added to what `parsed_once` shares."""
+    (tmp_path / "data.json").write_text('{"images": []}')
+    with parsed_once():
+        validate_coco(str(tmp_path / "data.json"), str(tmp_path), labeled=False)
+        assert read_coco_json(tmp_path / "data.json") == {"images": []}
 
 
 def test_time_grows_slowly(tmp_path):

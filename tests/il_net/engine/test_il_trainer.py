@@ -26,7 +26,8 @@ from il_net.data.datasets import register_datasets
 from il_net.data.synthetic import generate
 from il_net.engine import il_trainer as il_trainer_module
 from il_net.engine.il_trainer import ILNetTrainer, best_metric, load_initial, trainer_class
-from il_net.engine.trainer import Trainer, TrainStep, check_batch_size
+from il_net.engine.train_step import TrainStep
+from il_net.engine.trainer import Trainer, check_batch_size
 from il_net.modeling.teacher_student import TeacherStudentRCNN
 
 REPO = Path(__file__).parents[3]

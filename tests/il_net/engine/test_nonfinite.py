@@ -33,7 +33,8 @@ from il_net.engine.nonfinite import (
     set_rng_state,
     unpack_batch,
 )
-from il_net.engine.trainer import Trainer, TrainStep
+from il_net.engine.train_step import TrainStep
+from il_net.engine.trainer import Trainer
 
 RATE, MOMENTUM = 0.125, 0.5
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from il_net.config import load_config
 from il_net.engine import trainer as trainer_module
-from il_net.engine.trainer import Trainer, TrainStep, amp_dtype, check_batch_size
+from il_net.engine.train_step import TrainStep, amp_dtype
+from il_net.engine.trainer import Trainer, check_batch_size
 
 DTYPES = [None, torch.bfloat16, torch.float16]
 
@@ -169,7 +170,7 @@ def test_a_checkpoint_of_detectron2s_own_step_can_be_resumed():
     other.load_state_dict(state)
 
 
-# ---- clipping the norm of all gradients ----
+# ---- the optimizer ----
 
 
 class Slopes(nn.Module):
@@ -192,6 +193,20 @@ def clip_once(dtype: torch.dtype | None = None, **clip: object) -> Slopes:
     model = Slopes()
     run(TrainStep(model, [None], Trainer.build_optimizer(cfg, model), amp_dtype=dtype))
     return model
+
+
+def test_adamw_moves_every_weight_by_the_rate():
+    """Its first step divides each gradient by its own size."""
+    cfg = make_cfg(BASE_LR=0.125, OPTIMIZER="AdamW", WEIGHT_DECAY=0.5)
+    model = Slopes()
+    nn.init.ones_(model.a)  # decays by 1/8 of a half, not through the gradient
+    run(TrainStep(model, [None], Trainer.build_optimizer(cfg, model)))
+    assert [model.a.item(), model.b.item()] == pytest.approx([1 - 0.125 / 2 - 0.125, -0.125])
+
+
+def test_other_optimizers_are_refused():
+    with pytest.raises(ValueError, match=r"SOLVER.OPTIMIZER .*'SGD', 'AdamW'.*'Adam'"):
+        Trainer.build_optimizer(make_cfg(OPTIMIZER="Adam"), Slopes())
 
 
 def gradients_and_weights(model: Slopes) -> list[float]:

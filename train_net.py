@@ -61,8 +61,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     register_datasets(cfg)
     check_il_net_config(cfg, eval_only=args.eval_only)
     check_sbr_cnn_config(cfg)
-    if comm.get_local_rank() == 0:
-        validate_datasets(cfg)
+    once_per_machine(partial(validate_datasets, cfg))
     if not args.eval_only:
         resolve_groups(cfg, partial(infer_train_groups, cfg))
     if args.resume:

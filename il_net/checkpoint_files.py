@@ -23,6 +23,9 @@ LAST = "last_checkpoint"  # Detectron2's: names the file that a run goes on from
 _PARTIAL = "checkpoint.partial"
 _NUMBERED = re.compile(r"model_(\d{7})\.pth")
 _FINAL = "model_final.pth"
+# What was asked for while a file is being written.
+_waiting: list[Callable[[], None]] = []
+_is_writing = False
 
 
 class UnwrittenError(OSError):
@@ -39,6 +42,25 @@ def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
     Raises:
         UnwrittenError: the disk is full, or another reason not to write; nothing partial is left.
     """
+    global _is_writing
+    _is_writing = True
+    try:
+        _write(path, write)
+    finally:
+        _is_writing = False
+        while _waiting:
+            _waiting.pop(0)()
+
+
+def when_written(action: Callable[[], None]) -> None:
+    """For a signal's handler: do something now, or as soon as the file under way is written."""
+    if _is_writing:
+        _waiting.append(action)
+    else:
+        action()
+
+
+def _write(path: Path, write: Callable[[BinaryIO], None]) -> None:
     partial = path.with_name(_PARTIAL)  # one name: what a killed process leaves is replaced
     try:
         with partial.open("wb") as file:
@@ -47,10 +69,10 @@ def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
             os.fsync(file.fileno())
         partial.replace(path)
         _sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
         # torch reports a failed write as an error of its own.
-        cause = error if isinstance(error, OSError) else error.__context__
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
         if not isinstance(cause, OSError):
             raise
         free = shutil.disk_usage(path.parent).free

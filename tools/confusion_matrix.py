@@ -29,6 +29,7 @@ from detectron2.utils.logger import setup_logger
 
 from il_net.config import load_config
 from il_net.data.datasets import register_datasets
+from il_net.data.validate import validate_datasets
 from il_net.errors import check_output, plain_errors
 from il_net.evaluation.confusion import MATCHINGS, confusion_matrix, row_shares
 from il_net.evaluation.confusion_figure import BACKGROUND, draw_confusion
@@ -107,6 +108,7 @@ def main() -> None:
             return
         cfg = load_config(args.config_file, args.opts, add_sbr_cnn_config)
         register_datasets(cfg)
+        validate_datasets(cfg)
         cfg.freeze()
         for name, truth, found in run_model(cfg, masks=args.masks):
             report(truth, found, args, args.output / name)

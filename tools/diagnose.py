@@ -31,6 +31,7 @@ from torch import nn
 from il_net.checkpoint import Checkpointer
 from il_net.config import load_config
 from il_net.data.datasets import register_datasets
+from il_net.data.validate import validate_datasets
 from il_net.errors import plain_errors
 from il_net.evaluation import diagnosis, diagnosis_figures
 from il_net.safe_load import add_trust_option
@@ -45,6 +46,7 @@ def load_model(config_file: str, opts: list[str], output: Path) -> tuple[CfgNode
     cfg = load_config(config_file, opts, add_sbr_cnn_config)
     cfg.OUTPUT_DIR = str(output)
     register_datasets(cfg)
+    validate_datasets(cfg)
     if not cfg.DATASETS.TEST:
         raise ValueError("DATASETS.TEST is empty: name a dataset with labels")
     model = build_model(cfg)

@@ -63,12 +63,19 @@ def read_json(json_file: str | Path, *, mark_allowed: bool = False) -> Any:
         with paused_gc():
             data = json.loads(text.removeprefix("\ufeff"))
         if "\\ud" in text.lower():  # half a character, perhaps: no file or terminal takes it
-            json.dumps(data, ensure_ascii=False).encode("utf-8")
+            _check_characters(data)
         return data
     except RecursionError as error:
         raise ValueError(f"{json_file} is nested too deeply to be of use here") from error
     except ValueError as error:  # of JSON, of UTF-8, of a number of thousands of digits
         raise ValueError(f"{json_file} is not JSON: {error}") from error
+
+
+def _check_characters(data: Any) -> None:
+    try:
+        json.dumps(data, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"it has half a character: {error}") from error
 
 
 def read_coco_json(json_file: str | Path) -> dict[str, Any]:

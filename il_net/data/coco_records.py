@@ -6,7 +6,7 @@ training never asks for.
 
 import logging
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 _KEPT = ("iscrowd", "bbox", "keypoints", "category_id")
 # Three points.
 _SMALLEST_POLYGON = 6
+_NUM_NAMED = 5
 
 
 def coco_records(
@@ -82,7 +83,10 @@ def _check_annotation_ids(
         return
     ids = [a["id"] for image_id in images for a in by_image.get(image_id, ())]
     if len(set(ids)) < len(ids):
-        raise ValueError(f"{json_file}: annotation ids are used twice")
+        twice = [i for i, count in Counter(ids).items() if count > 1]
+        raise ValueError(
+            f"{json_file}: {len(twice)} annotation ids are used twice: {twice[:_NUM_NAMED]}"
+        )
 
 
 def _object(annotation: dict[str, Any], to_contiguous: Mapping[int, int]) -> dict[str, Any] | None:

@@ -1,5 +1,6 @@
 """The images of an evaluation, one by one; those that cannot be read are left out and told."""
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,10 @@ from torch.utils.data import DataLoader
 
 from .mapper import TrainMapper
 from .robust import MISSED, MappedImages, UnreadableImages
+from .split import proposal_files
 from .workers import watched
+
+logger = logging.getLogger(__name__)
 
 
 class EvalLoader:
@@ -35,8 +39,8 @@ class EvalLoader:
         """The batches; iterate to the end in every process.
 
         Raises:
-            SystemExit: in every process, when all have read their share: more images than the
-                limit, or none can be read. Or a worker has died.
+            SystemExit: in every process, when all have read their share or have met too many
+                themselves: more images than the limit, or none can be read. Or a worker has died.
         """
         read = 0
         for batch in watched(self.loader, "test"):
@@ -54,7 +58,10 @@ class EvalLoader:
             for name, reason in skipped.items():
                 self.unreadable.enter(name, reason, MISSED)
         some_read = any(count for _, count in accounts)
-        self.unreadable.check(none_read=bool(self.unreadable.skipped) and not some_read)
+        missed = len(self.unreadable.skipped)
+        self.unreadable.check(none_read=bool(missed) and not some_read)
+        if missed:
+            logger.warning("%d images could not be read: the metrics count them as missed", missed)
 
 
 def build_eval_loader(cfg: CfgNode, dataset_name: str) -> EvalLoader:
@@ -62,12 +69,10 @@ def build_eval_loader(cfg: CfgNode, dataset_name: str) -> EvalLoader:
 
     Images that cannot be read count against `DATALOADER.MAX_UNREADABLE`, in each evaluation anew.
     """
-    proposals = None
-    if cfg.MODEL.LOAD_PROPOSALS:
-        position = list(cfg.DATASETS.TEST).index(dataset_name)
-        proposals = [cfg.DATASETS.PROPOSAL_FILES_TEST[position]]
     records = get_detection_dataset_dicts(
-        [dataset_name], filter_empty=False, proposal_files=proposals
+        [dataset_name],
+        filter_empty=False,
+        proposal_files=proposal_files(cfg, "TEST", dataset_name),
     )
     images = MappedImages(records, TrainMapper(cfg, is_train=False), seed=0, limit=0)
     loader = build_detection_test_loader(

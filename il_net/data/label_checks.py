@@ -74,7 +74,8 @@ def check_segmentations(
         if isinstance(outline, dict):
             if read_rle(outline) is None:
                 malformed.append(a)
-            elif tuple(outline["size"]) != sizes.get(a["image_id"], (0, 0))[::-1]:
+            # The image may be one that the file does not have, which is told elsewhere.
+            elif a["image_id"] in sizes and tuple(outline["size"]) != sizes[a["image_id"]][::-1]:
                 other_size.append(a)
         elif not (isinstance(outline, list) and all(map(is_polygon, outline))):
             malformed.append(a)

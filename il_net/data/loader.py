@@ -17,15 +17,14 @@ import cv2
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_train_loader, get_detection_dataset_dicts
+from detectron2.data import build_detection_train_loader
 from detectron2.data.build import trivial_batch_collator
 from detectron2.utils import comm
 from torch.utils.data import DataLoader
 
 from .mapper import SemiMapper, TrainMapper, random_source
 from .robust import CheckedLoader, MappedImages, UnreadableImages, probe_headers
-from .shared_records import load_packed
-from .split import Split, load_split
+from .split import Split, load_split, load_train
 
 logger = logging.getLogger(__name__)
 
@@ -226,19 +225,7 @@ def build_labeled_loader(cfg: CfgNode, records: Sequence[dict[str, Any]] | None 
         records: dataset dicts; None: those of `DATASETS.TRAIN`, as Detectron2 takes them.
     """
     if records is None:
-        keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
-        proposals = cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None
-
-        def load() -> tuple[tuple[list], None]:
-            found = get_detection_dataset_dicts(
-                cfg.DATASETS.TRAIN,
-                filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-                min_keypoints=keypoints if cfg.MODEL.KEYPOINT_ON else 0,
-                proposal_files=proposals,
-            )
-            return (found,), None
-
-        (records,), _ = load_packed(load)
+        records = load_train(cfg)
     unreadable = UnreadableImages.from_config(cfg)
     images = MappedImages(records, TrainMapper(cfg), seed=max(cfg.SEED, 0), limit=unreadable.limit)
     loader = build_detection_train_loader(cfg, dataset=images, mapper=_as_it_is)

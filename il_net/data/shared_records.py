@@ -114,7 +114,7 @@ def once_per_machine(work: Callable[[], T]) -> T:
 def _open_for_machine() -> BinaryIO:
     """An empty file, open in all processes of this machine; one of them may write.
 
-    It loses its name before anything is in it: however the processes end, nothing is left.
+    It loses its name before anything is in it: however the processes end, no records are left.
     """
     path = once_per_machine(_make_file)
     file, problem = None, ""
@@ -122,13 +122,15 @@ def _open_for_machine() -> BinaryIO:
         file = open(path, "r+b" if comm.get_local_rank() == 0 else "rb")  # noqa: SIM115  (stays)
     except OSError as e:
         problem = str(e)
-    problems = comm.all_gather(problem)  # all of them have it open now
-    if comm.get_local_rank() == 0:
-        os.unlink(path)
-    if any(problems):
+    try:
+        problems = comm.all_gather(problem)  # all of them have it open now
+    finally:  # also where another process has died
+        if comm.get_local_rank() == 0:
+            os.unlink(path)
+    if told := "; ".join(filter(None, problems)):
         raise ValueError(
-            f"{''.join(problems)}: the processes of a machine must have the same temporary folder; "
-            "set the environment variable TMPDIR to one"
+            f"{told}: the processes of a machine must have the same temporary folder; set the "
+            "environment variable TMPDIR to one"
         )
     return file
 

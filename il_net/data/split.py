@@ -9,17 +9,18 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 from detectron2.utils import comm
 
+from ..safe_load import load_pkl
 from .shared_records import PackedRecords, load_packed
 from .sources import find_path
 from .split_file import ImageId, read_labeled, split_document
@@ -31,6 +32,7 @@ _PERCENT = "DATASETS.SPLIT.PERCENT"
 _FILE = "split.json"
 _IMAGE_FIELDS = ("file_name", "image_id", "height", "width")
 Records = dict[str, list[dict[str, Any]]]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,7 @@ def train_records(cfg: CfgNode) -> Records:
                 name,
                 filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
                 min_keypoints=keypoints if cfg.MODEL.KEYPOINT_ON else 0,
+                proposal_files=proposal_files(cfg, "TRAIN", name),
             )
         except AssertionError as error:  # Detectron2's way to say that no image is left
             meta = MetadataCatalog.get(name)
@@ -133,6 +136,23 @@ def train_records(cfg: CfgNode) -> Records:
                 "points"
             ) from error
     return records
+
+
+def proposal_files(cfg: CfgNode, key: str, name: str) -> list[str] | None:
+    """The file of precomputed proposals of a data set, if `MODEL.LOAD_PROPOSALS` asks for one.
+
+    Args:
+        key: "TRAIN" or "TEST".
+        name: of the data set.
+
+    Raises:
+        ValueError: the file can't be read, or would run code (Detectron2 does not look).
+    """
+    if not cfg.MODEL.LOAD_PROPOSALS:
+        return None
+    path = cfg.DATASETS[f"PROPOSAL_FILES_{key}"][list(cfg.DATASETS[key]).index(name)]
+    load_pkl(path)
+    return [path]
 
 
 def make_split(cfg: CfgNode, records: Records) -> Split:
@@ -191,13 +211,13 @@ def load_train(cfg: CfgNode) -> PackedRecords:
     """All of `train_records`, once for all processes of a machine; every process has to call it.
 
     Raises:
-        ValueError: see `train_records` and `load_packed`.
+        ValueError: see `train_records` and `load_groups`.
     """
 
     def load() -> tuple[tuple[list], None]:
         return (list(chain.from_iterable(train_records(cfg).values())),), None
 
-    (records,), _ = load_packed(load)
+    (records,), _ = load_groups(load)
     return records
 
 
@@ -207,25 +227,40 @@ def load_split(cfg: CfgNode) -> tuple[PackedRecords, PackedRecords, Split]:
     Every process has to call it.
 
     Raises:
-        ValueError: see `train_records`, `make_split` and `load_packed`; or the machines find
-            different images.
+        ValueError: see `train_records`, `make_split` and `load_groups`.
         FileNotFoundError: see `make_split`.
     """
 
-    def load() -> tuple[tuple[list, list], tuple[Split, str]]:
+    def load() -> tuple[tuple[list, list], Split]:
         records = train_records(cfg)
         split = make_split(cfg, records)
-        groups = split_records(cfg, records, split)
-        ids = repr([[record["image_id"] for record in group] for group in groups])
-        return groups, (split, hashlib.sha256(ids.encode()).hexdigest())
+        return split_records(cfg, records, split), split
 
-    (labeled, unlabeled), (split, digest) = load_packed(load)
-    if len(set(comm.all_gather(digest))) > 1:
+    (labeled, unlabeled), split = load_groups(load)
+    return labeled, unlabeled, split
+
+
+def load_groups(
+    load: Callable[[], tuple[Sequence[list[dict[str, Any]]], T]],
+) -> tuple[list[PackedRecords], T]:
+    """`load_packed`, of images that must be the same on every machine.
+
+    Raises:
+        ValueError: the machines find different images; see also `load_packed`.
+    """
+
+    def load_and_sign() -> tuple[Sequence[list[dict[str, Any]]], tuple[T, str]]:
+        groups, others = load()
+        ids = repr([[record["image_id"] for record in group] for group in groups])
+        return groups, (others, hashlib.sha256(ids.encode()).hexdigest())
+
+    packed, (others, signature) = load_packed(load_and_sign)
+    if len(set(comm.all_gather(signature))) > 1:
         raise ValueError(
             "The processes found different images, labelled or not: DATASETS.TRAIN, UNLABELED and "
             "SPLIT.FILE must be the same files on every machine"
         )
-    return labeled, unlabeled, split
+    return packed, others
 
 
 def without_labels(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from .rendezvous import fresh_store
 
 # COCO evaluation runs on rank 0 while the others wait.
 TIMEOUT = timedelta(hours=2)
+_PEER_GONE = re.compile("Connection (closed|reset) by peer")  # gloo's words
 TORCHRUN = {"RANK", "WORLD_SIZE", "LOCAL_RANK"}
 
 
@@ -92,6 +93,11 @@ def slurm_job(environ: Mapping[str, str]) -> dict[str, str]:
             f"srun has {tasks} tasks on {nodes} nodes ({layout}): start the same number on each, "
             "--ntasks-per-node"
         )
+    if int(environ["SLURM_PROCID"]) % (tasks // nodes) != int(environ["SLURM_LOCALID"]):
+        raise ValueError(
+            f"srun task {environ['SLURM_PROCID']} is number {environ['SLURM_LOCALID']} of its "
+            "node: the tasks of a node must follow each other, --distribution=block"
+        )
     address = environ.get("MASTER_ADDR") or _first_host(environ["SLURM_STEP_NODELIST"])
     port = 10_000 + int(environ.get("SLURM_JOB_ID", 0)) % 20_000
     return {
@@ -162,9 +168,13 @@ def _run(
     comm.synchronize()
     try:
         main(*args)
-    except BaseException:
+    except BaseException as error:
         if backend == "gloo":  # NCCL would wait for the other ranks
             _leave()
+        if isinstance(error, RuntimeError) and _PEER_GONE.search(str(error)):
+            raise SystemExit(
+                "error: another process of the job has ended; what it said tells why"
+            ) from error
         raise
     _leave()
 

@@ -19,6 +19,8 @@ import torch.multiprocessing as mp
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
+from ..checkpoint_files import when_written
+
 logger = logging.getLogger(__name__)
 
 # EX_TEMPFAIL of sysexits.h: start the same command again.
@@ -74,7 +76,10 @@ class Preemption(HookBase):
         if self.signal is not None:
             return  # the watch sees to it
         self.signal = number
-        name = signal.Signals(number).name
+        when_written(self._obey)
+
+    def _obey(self) -> None:
+        name = signal.Signals(self.signal).name
         if self.finished:
             logger.warning("%s: the last checkpoint is written, --resume evaluates it", name)
             raise SystemExit(PREEMPTED)

@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import HookBase
 from detectron2.structures import Boxes, BoxMode, Instances
 from detectron2.utils import comm
 
+from ..data.mapper import TrainMapper, UnreadableImage
 from ..data.split import Split, records_by_id, train_records, without_labels
 from ..evaluation.pseudo_quality import PseudoQuality, append_summary
 from ..json_lines import drop_later_lines
@@ -48,7 +49,7 @@ class PseudoLabelQuality(HookBase):
         self.model = model
         order = np.random.default_rng(0).permutation(len(records))[:MAX_IMAGES]
         self.records = [records[i] for i in sorted(order)]
-        self.mapper = DatasetMapper(cfg, is_train=False)
+        self.mapper = TrainMapper(cfg, is_train=False)
         self.classes = cfg.DATASETS.CLASSES
         self.period = period
         self.path = path
@@ -69,7 +70,11 @@ class PseudoLabelQuality(HookBase):
         """Label the images, compare, write a line."""
         quality = PseudoQuality(len(self.classes))
         for record in self.records:
-            mapped = self.mapper(without_labels(record))
+            try:
+                mapped = self.mapper(without_labels(record))
+            except UnreadableImage as error:
+                logger.warning("%s. It is left out of the comparison of pseudo labels", error)
+                continue
             (labels,) = self.model.pseudo_label([mapped])
             quality.add(labels.to("cpu"), true_instances(record, mapped["image"].shape[1:]))
         append_summary(self.path, iteration, quality, self.classes)

@@ -5,8 +5,10 @@ is random in a step, and which images it sees, follows from ``SEED``, the iterat
 alone, so that no state of generators or samplers has to be kept.
 """
 
+import errno
 import logging
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -59,12 +61,19 @@ class ResumableTrainer(DefaultTrainer):
         """Runs after each iteration.
 
         Raises:
-            SystemExit: a checkpoint could not be written, or the run was told to stop.
+            SystemExit: a file could not be written, or the run was told to stop.
         """
-        try:
+        with _full_disks_told():
             super().after_step()
-        except UnwrittenError as error:
-            raise SystemExit(f"error: {error}") from error
+
+    def after_train(self) -> None:
+        """Runs after the last iteration, or one that failed.
+
+        Raises:
+            SystemExit: as ``after_step``.
+        """
+        with _full_disks_told():
+            super().after_train()
 
     def save_step(self) -> None:
         """Write the checkpoint of the last step that was done, unless it is there."""
@@ -107,6 +116,19 @@ class ResumableTrainer(DefaultTrainer):
             self._trainer.load_state_dict(state_dict["_trainer"])
         else:
             logger.warning("The checkpoint holds no optimizer state: momentum starts at zero")
+
+
+@contextmanager
+def _full_disks_told() -> Iterator[None]:
+    """A disk that is full ends the run with a message: nothing of it is the program's fault."""
+    try:
+        yield
+    except UnwrittenError as error:
+        raise SystemExit(f"error: {error}") from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise SystemExit(f"error: {error}: make room, then go on with --resume") from error
 
 
 class LabeledLoader:
@@ -204,13 +226,11 @@ def choose_start(folder: str, or_start: bool) -> bool:
     chosen, problem = False, ""
     if comm.is_main_process():
         try:
-            path = choose_checkpoint(Path(folder), or_start)
-        except (ValueError, FileNotFoundError) as error:
-            problem = str(error)
-        else:
-            chosen = path is not None
-            if chosen:
+            if path := choose_checkpoint(Path(folder), or_start):
                 tag_last(path)
+                chosen = True
+        except (ValueError, OSError) as error:
+            problem = str(error)
     chosen, problem = comm.all_gather((chosen, problem))[0]
     if problem:
         raise ValueError(problem)

@@ -32,7 +32,6 @@ from .train_step import TrainStep, amp_dtype
 logger = logging.getLogger(__name__)
 
 
-
 class Trainer(ResumableTrainer):
     """Detectron2's ``DefaultTrainer`` with this project's step, checkpointer and evaluators.
 

@@ -52,6 +52,15 @@ def die_while_writing(state, file, save=torch.save):
     file.flush()
     die()
 
+def stop_while_writing(state, file, save=torch.save):
+    content = io.BytesIO()
+    save(state, content)
+    half = content.tell() // 2
+    file.write(content.getvalue()[:half])
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.1)  # the handler runs between two operations of this function
+    file.write(content.getvalue()[half:])
+
 def at_step(signals):
     def begin(self, begin=Preemption.step_begins):
         begin(self)
@@ -69,6 +78,8 @@ elif kind == "training":  # since the start of training
     Preemption.__enter__ = enter
 elif kind == "write":  # while a file is written
     torch.save = after(torch.save, die_while_writing)
+elif kind == "SIGTERM while writing":
+    torch.save = after(torch.save, stop_while_writing)
 elif kind == "sync":  # between two steps of a checkpoint's way into the folder
     os.fsync = after(os.fsync, lambda _: die())
 elif kind == "SIGTERM":
@@ -177,6 +188,21 @@ def test_sigterm_stops_a_run_that_goes_on(train, whole, tmp_path, injected):
     assert sorted(path.name for path in tmp_path.glob("*.pth")) == ["model_0000007.pth"]
     result = resume(train, tmp_path, whole)
     assert f"Resumed at iteration 8 of {STEPS}" in result.output
+
+
+def test_sigterm_while_the_best_model_is_written(train, tmp_path, injected):
+    """In an evaluation the step is saved at once, but not into a file that is half written."""
+    injected(1)
+    options = (*SEMI[:-len(NO_EVALUATION)], "SOLVER.CHECKPOINT_PERIOD", 1000)
+    # In the first evaluation after burn-in: the predictions of both models come before.
+    options += ("TEST.EVAL_PERIOD", 6)
+    result = train(tmp_path, *options, fault=("SIGTERM while writing", 3))
+    assert result.code == 75, result.output[-3000:]
+    assert "Traceback" not in result.output
+    names = sorted(path.name for path in tmp_path.glob("*.p*"))
+    assert names == ["model_0000005.pth", "model_best.pth"]
+    assert [damage(tmp_path / name) for name in names] == ["", ""]
+    assert (tmp_path / "last_checkpoint").read_text() == names[0]
 
 
 def test_ctrl_c_stops_a_plain_run_with_readers_and_without_a_seed(train, tmp_path, injected):

@@ -71,6 +71,17 @@ def test_weights_that_would_run_a_program(train, tmp_path, injected, name):
     assert not list((tmp_path / "run").glob("*.pth"))
 
 
+def test_proposals_that_would_run_a_program(train, tmp_path, injected):
+    """Detectron2 unpickles them."""
+    injected(1)
+    mark = tmp_path / "mark"
+    path = hostile(tmp_path / "proposals.pkl", mark)
+    keys = ("MODEL.LOAD_PROPOSALS", "True", "DATASETS.PROPOSAL_FILES_TRAIN", f"('{path}',)")
+    result = train(*keys, "MODEL.PROPOSAL_GENERATOR.NAME", "PrecomputedProposals")
+    check_refused(result, f"{path} was not read: it holds", ".mkdir")
+    assert not mark.exists()
+
+
 def test_the_payload_of_a_file_that_is_trusted_runs(train, tmp_path, injected):
     """So the tests around this one could fail."""
     injected(1)

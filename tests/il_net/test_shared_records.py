@@ -54,6 +54,41 @@ def test_one_process_needs_no_file(monkeypatch):
     assert first.wide.tolist() == [1, 0, -1]
 
 
+# --- what others tell ---
+
+
+@pytest.fixture
+def first_of_three(monkeypatch, tmp_path) -> Path:
+    """The temporary folder of a process that believes to be the first of three."""
+    monkeypatch.setattr(comm, "get_local_size", lambda: 3)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+def test_others_that_cannot_open_the_file_are_told_apart(first_of_three, monkeypatch):
+    answers = {"": ["", "no x", "no y"]}
+    monkeypatch.setattr(comm, "all_gather", lambda mine: answers.get(mine, [mine] * 3))
+    with pytest.raises(ValueError, match=r"^no x; no y: the processes of a machine .*TMPDIR"):
+        load_packed(lambda: ((RECORDS,), None))
+    assert list(first_of_three.iterdir()) == []
+
+
+def test_nothing_is_left_if_another_process_dies(first_of_three, monkeypatch):
+    seen = []
+
+    def gather(mine: object) -> list:
+        if mine == "":  # all have opened it
+            seen.extend(path.name for path in first_of_three.iterdir())
+            raise RuntimeError("Connection closed by peer")
+        return [mine] * 3
+
+    monkeypatch.setattr(comm, "all_gather", gather)
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        load_packed(lambda: ((RECORDS,), None))
+    assert len(seen) == 1 and seen[0].startswith("records_")
+    assert list(first_of_three.iterdir()) == []
+
+
 # --- two processes ---
 
 
@@ -119,6 +154,7 @@ def share(folder: str) -> None:
     if rank == 1:
         shared_records.open = fail_to_open
     known["elsewhere"] = error_of(load)
+    comm.synchronize()  # the other one takes the name away
     known["names_at_the_end"] = named_files()
     Path(folder, f"{rank}.json").write_text(json.dumps(known))
 

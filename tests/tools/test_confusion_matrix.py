@@ -283,6 +283,9 @@ def test_pictures_that_cannot_be_used(run, config, tmp_path, caplog):
         assert counts[-1][1:] == ["0"] * 5
     with pytest.raises(SystemExit, match=r"^error: unreadable images: 1, .*2\.png can't be read"):
         run("--config-file", config, "DATALOADER.MAX_UNREADABLE", 0)
-    (tmp_path / "p" / "1.png").unlink()
+    (tmp_path / "p" / "1.png").write_text("no picture")
     with pytest.raises(SystemExit, match=r"^error: none of the images can be read: .*1\.png"):
+        run("--config-file", config)
+    (tmp_path / "p" / "1.png").unlink()
+    with pytest.raises(SystemExit, match=r"(?s)^error: .*image files missing from .*1\.png"):
         run("--config-file", config)

@@ -125,7 +125,10 @@ def test_category_ids_become_classes():
         ([annotation(1, 2, ignore=1)], "image 2 has 'ignore' set"),
         ([annotation(1, 11, bbox=[])], "image 11 has an empty 'bbox'"),
         ([annotation(1, 2, category_id=5)], r"image 2 has category_id 5, known are \[1, 4, 7\]"),
-        ([annotation(1, 2), annotation(1, 11)], "annotation ids are used twice"),
+        (
+            [annotation(n, 2) for n in (1, 3, 7)] + [annotation(n, 11) for n in (3, 1)],
+            r"2 annotation ids are used twice: \[1, 3\]",
+        ),
     ],
 )
 def test_what_detectron2_refuses_is_named(annotations, message):

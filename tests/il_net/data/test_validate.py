@@ -305,6 +305,19 @@ def test_masks_that_are_compared(tmp_path, segmentation, fatal, only_scored):
             assert all(p.offenders == ("annotation 13 (image 2)",) for p in report.fatal)
 
 
+def test_a_mask_without_its_image_is_of_no_other_size(tmp_path):
+    """One fault is told once."""
+    data = good_coco()
+    for annotation in data["annotations"]:
+        annotation["segmentation"] = [[0, 0, 5, 0, 5, 5]]
+    rle = {"size": [50, 100], "counts": [0, 5000]}
+    data["annotations"][2].update(image_id=9, segmentation=rle)
+    check(tmp_path, data)
+    files = str(tmp_path / "data.json"), str(tmp_path / "pictures")
+    (problem,) = validate_coco(*files, labeled=True, masks=True).fatal
+    assert str(problem).startswith("error: 1 annotations of an image that is not in the file")
+
+
 @pytest.mark.parametrize("annotation_id", ["13", 2**53 + 1, 10**400])
 def test_scored_file_needs_ids_that_are_numbers(tmp_path, annotation_id):
     """COCO's metrics put them into an array of floating-point numbers."""

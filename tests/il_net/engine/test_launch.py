@@ -195,6 +195,13 @@ def test_uneven_tasks_are_refused():
         launch_module.slurm_job({**STEP, **uneven})
 
 
+def test_tasks_dealt_out_in_turn_are_refused():
+    """Task 2 of 4 on 2 nodes, the first of its node under --distribution=cyclic as well."""
+    assert launch_module.slurm_job({**STEP, "SLURM_PROCID": "2", "SLURM_LOCALID": "0"})
+    with pytest.raises(ValueError, match="--distribution=block"):
+        launch_module.slurm_job({**STEP, "SLURM_PROCID": "2", "SLURM_LOCALID": "1"})
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="starts gloo processes on the CPU")
 def test_two_tasks_of_srun_find_each_other(tmp_path):
     """With the variables that srun sets; srun itself is not here."""

@@ -100,6 +100,18 @@ def test_lines_are_written_after_burn_in_and_not_twice(cfg, tmp_path):
         assert line["pseudo"]["precision"] == 0.5 and line["truth"]["recall"] == 1.0
 
 
+def test_an_image_that_cannot_be_read_is_left_out(cfg, tmp_path, caplog):
+    model = SimpleNamespace(burned_in=True, pseudo_label=pseudo)
+    records = unlabeled_truth(cfg, Split(NAMES[0], 33.0, 1, (2,), (1, 3)))
+    broken = tmp_path / "broken.png"
+    broken.write_text("no image")
+    records[0] = {**records[0], "file_name": str(broken)}
+    path = tmp_path / "pseudo_quality.json"
+    run(PseudoLabelQuality(model, records, cfg, period=0, path=path), 5, 6)
+    assert json.loads(path.read_text())["images"] == 1
+    assert f"{broken} cannot be used" in caplog.text and "left out" in caplog.text
+
+
 def test_a_large_set_is_drawn_from_all_of_it(cfg, tmp_path, monkeypatch):
     monkeypatch.setattr(quality, "MAX_IMAGES", 10)
     records = [{"image_id": i} for i in range(1000)]

@@ -19,6 +19,11 @@ ALL_FILES = [*PACKAGE_FILES, REPO / "train_net.py", *sorted((REPO / "tools").glo
 FORBIDDEN_IMPORTS = [
     ("il_net", "sbr_cnn"),
     ("sbr_cnn", "il_net"),
+    ("il_net.data", "il_net.curation"),
+    ("il_net.modeling", "il_net.curation"),
+    ("il_net.curation", "il_net.modeling"),
+    ("il_net.curation", "il_net.engine"),
+    ("il_net.curation", "il_net.evaluation"),
     ("il_net.data", "il_net.modeling"),
     ("il_net.modeling", "il_net.data"),
     ("il_net.data", "il_net.engine"),

@@ -23,9 +23,9 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from il_net.curation.inspection import Inspection, compare, inspect_coco, inspect_folder
+from il_net.curation.mend import mend
 from il_net.data.coco_file import write_coco
-from il_net.data.inspection import Inspection, compare, inspect_coco, inspect_folder
-from il_net.data.mend import mend
 from il_net.data.report import Problem, Severity, describe
 from il_net.errors import check_output, plain_errors
 

@@ -20,8 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from il_net.data.sound_coco import read_sound_coco
-from il_net.data.statistics import (
+from il_net.curation.statistics import (
     SplitObjects,
     Table,
     categories_in_image,
@@ -35,7 +34,8 @@ from il_net.data.statistics import (
     size_bins,
     write_table,
 )
-from il_net.data.statistics_figures import category_figure, count_figure, size_figure
+from il_net.curation.statistics_figures import category_figure, count_figure, size_figure
+from il_net.data.sound_coco import read_sound_coco
 from il_net.errors import check_output, plain_errors
 from il_net.figures import shorten
 

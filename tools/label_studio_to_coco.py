@@ -22,9 +22,9 @@ import argparse
 from collections import Counter
 from pathlib import Path
 
+from il_net.curation.label_studio.convert import Conversion, convert, read_table
+from il_net.curation.label_studio.records import Choices
 from il_net.data.coco_file import write_coco
-from il_net.data.label_studio.convert import Conversion, convert, read_table
-from il_net.data.label_studio.records import Choices
 from il_net.data.report import Severity
 from il_net.errors import check_output, plain_errors
 

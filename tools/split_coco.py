@@ -41,12 +41,7 @@ from typing import Any
 from detectron2.data import MetadataCatalog
 
 from il_net.config import load_config
-from il_net.data.coco_file import write_coco
-from il_net.data.datasets import register_datasets
-from il_net.data.sound_coco import read_sound_coco
-from il_net.data.split import Records, draw_labeled, image_classes, records_by_id, train_records
-from il_net.data.split_file import split_document
-from il_net.data.split_parts import (
+from il_net.curation.split_parts import (
     count_objects,
     count_train,
     draw_train,
@@ -56,6 +51,11 @@ from il_net.data.split_parts import (
     share_table,
     take_part,
 )
+from il_net.data.coco_file import write_coco
+from il_net.data.datasets import register_datasets
+from il_net.data.sound_coco import read_sound_coco
+from il_net.data.split import Records, draw_labeled, image_classes, records_by_id, train_records
+from il_net.data.split_file import split_document
 from il_net.errors import check_output, plain_errors
 from sbr_cnn import add_sbr_cnn_config
 

@@ -15,8 +15,8 @@ import numpy as np
 from detectron2.utils.logger import setup_logger
 
 from il_net.config import load_config
+from il_net.curation.preview import View, semi_rows, supervised_rows, write_grid
 from il_net.data.datasets import register_datasets
-from il_net.data.preview import View, semi_rows, supervised_rows, write_grid
 from il_net.data.validate import validate_datasets
 from il_net.errors import check_output, plain_errors
 from il_net.modeling.teacher_student import TeacherStudentRCNN

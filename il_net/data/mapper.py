@@ -20,7 +20,7 @@ from detectron2.data import DatasetMapper, detection_utils, transforms
 from PIL import Image, UnidentifiedImageError
 
 from .augment import StrongAugment
-from .image_checks import ORIENTATION, SWAPS_SIDES, stored_size
+from .image_size import ORIENTATION, SWAPS_SIDES, stored_size
 from .split import without_labels
 
 

@@ -20,8 +20,8 @@ from types import FrameType
 
 import yaml
 
+from ..curation.split_parts import count_objects
 from ..data.sound_coco import read_sound_coco
-from ..data.split_parts import count_objects
 from ..evaluation.benchmark_table import TASKS, class_mean, read_metrics, seconds_per_step
 from .preemption import PREEMPTED, SIGNALS
 from .small_protocol import (

@@ -9,10 +9,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..curation.split_parts import draw_train, group_images, objects_by_image, take_part
 from ..data.coco_file import write_coco
 from ..data.sound_coco import read_sound_coco
 from ..data.sources import find_path
-from ..data.split_parts import draw_train, group_images, objects_by_image, take_part
 
 Pairs = tuple[str, ...]  # KEY, VALUE, KEY, VALUE, ...
 

@@ -14,7 +14,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 from PIL import Image
 
-from il_net.data.preview import CELL, View
+from il_net.curation.preview import CELL, View
 from il_net.data.synthetic import generate
 
 REPO = Path(__file__).parents[2]

@@ -13,11 +13,11 @@ import numpy as np
 import shapely
 from pycocotools import mask as coco_mask
 
-from .coco_checks import EDGE_TOLERANCE_PX, Sizes, image_limits, image_sizes, name_annotation
-from .coco_values import is_area, is_box, is_polygon
-from .masks import read_rle
+from ..data.coco_checks import EDGE_TOLERANCE_PX, Sizes, image_limits, image_sizes, name_annotation
+from ..data.coco_values import is_area, is_box, is_polygon
+from ..data.masks import read_rle
+from ..data.report import Findings, Severity
 from .polygons import MIN_AREA_PX, clip_polygon
-from .report import Findings, Severity
 
 # Boxes are often rounded: first the corner, then the side, each by less than a pixel.
 BOX_TOLERANCE_PX = 2 * EDGE_TOLERANCE_PX

@@ -6,8 +6,8 @@ import pytest
 from detectron2.data.datasets import load_coco_json
 from PIL import Image
 
-from il_net.data.label_studio.convert import convert
-from il_net.data.label_studio.records import Choices
+from il_net.curation.label_studio.convert import convert
+from il_net.curation.label_studio.records import Choices
 from il_net.data.report import Severity
 from il_net.data.validate import validate_coco
 

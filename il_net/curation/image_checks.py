@@ -12,14 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageOps
 
-from .coco_checks import same_file
+from ..data.coco_checks import same_file
+from ..data.image_size import ORIENTATION, SWAPS_SIDES, stored_size
+from ..data.report import Findings, Severity
 from .near_duplicates import SIDE, perceptual_hash
-from .report import Findings, Severity
 
-ORIENTATION = 274  # EXIF's number for it
-SWAPS_SIDES = (5, 6, 7, 8)
 _TURNS = range(2, 9)  # 1 is upright; some cameras write 0
-_TIFF_SIDES = (256, 257)
 
 
 @dataclass(frozen=True)
@@ -50,14 +48,6 @@ class Picture:
 
 
 Pictures = Mapping[str, Picture]
-
-
-def stored_size(image: Image.Image) -> tuple[int, int]:
-    """Width and height of an opened image before EXIF rotation, from the file's header."""
-    if image.format == "TIFF":  # newer Pillows have turned the size already
-        width, height = (image.tag_v2[tag] for tag in _TIFF_SIDES)
-        return width, height
-    return image.size
 
 
 def probe_picture(path: str, pixels: bool) -> Picture:

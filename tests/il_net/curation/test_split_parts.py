@@ -15,9 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from il_net.data.coco_file import read_coco
-from il_net.data.sound_coco import read_sound_coco
-from il_net.data.split_parts import (
+from il_net.curation.split_parts import (
     count_objects,
     count_train,
     draw_train,
@@ -27,6 +25,8 @@ from il_net.data.split_parts import (
     share_table,
     take_part,
 )
+from il_net.data.coco_file import read_coco
+from il_net.data.sound_coco import read_sound_coco
 from il_net.data.stratify import PossibleSums, order_by_hash
 
 REPO = Path(__file__).parents[3]
@@ -163,7 +163,7 @@ def test_seeds_draw_differently_stratified_or_not():
 SCRIPT = """
 import json, sys
 from il_net.data.sound_coco import read_sound_coco
-from il_net.data.split_parts import *
+from il_net.curation.split_parts import *
 data = read_sound_coco(sys.argv[1])
 groups = group_images(data["images"], pattern="[a-z]+")
 print(json.dumps([sorted(draw_train(g, 0.7, 5, o)) for o in (None, objects_by_image(data))

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from il_net.curation.image_checks import Picture
+from il_net.curation.inspection import inspect_coco
+from il_net.curation.mend import mend
 from il_net.data.coco_file import write_coco
-from il_net.data.image_checks import Picture
-from il_net.data.inspection import inspect_coco
-from il_net.data.mend import mend
 
 SQUARE = [10, 10, 30, 10, 30, 30, 10, 30]  # 20 x 20
 NAN = float("nan")

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..coco_file import read_json
-from ..report import Severity
+from ...data.coco_file import read_json
+from ...data.report import Severity
 from .build import build_records
 from .coco_export import read_categories, read_coco_export
 from .images import ImageFolder

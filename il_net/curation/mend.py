@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from .coco_checks import (
+from ..data.coco_checks import (
     EDGE_TOLERANCE_PX,
     Sizes,
     find_box_faults,
@@ -22,10 +22,10 @@ from .coco_checks import (
     repeated_annotations,
     same_file,
 )
-from .coco_file import LISTS
-from .coco_values import has_file_name, is_area, is_box, is_id, is_polygon, is_side
+from ..data.coco_file import LISTS
+from ..data.coco_values import has_file_name, is_area, is_box, is_id, is_polygon, is_side
+from ..data.masks import read_rle
 from .image_checks import Picture, Pictures, picture_of
-from .masks import read_rle
 from .polygon_checks import draw_outline, find_outline_faults
 from .polygons import clip_polygon, polygon_area, polygon_box
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..coco_checks import name_annotation
+from ...data.coco_checks import name_annotation
 from .records import Account, LabeledPicture, Region, fractions, quoted
 
 

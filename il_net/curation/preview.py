@@ -19,9 +19,9 @@ from detectron2.data.detection_utils import convert_image_to_rgb
 from detectron2.structures import BoxMode, Instances, PolygonMasks
 from detectron2.utils.env import seed_all_rng
 
+from ..data.loader import ImageStream, build_semi_loader
+from ..data.split import split_records, train_records
 from ..figures import DPI, figure, shorten
-from .loader import ImageStream, build_semi_loader
-from .split import split_records, train_records
 
 COLUMNS = 4
 CELL = 480  # pixels: the longer side of a picture in the grid

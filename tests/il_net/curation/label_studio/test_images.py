@@ -5,7 +5,7 @@ import unicodedata
 
 import pytest
 
-from il_net.data.label_studio.images import ImageFolder
+from il_net.curation.label_studio.images import ImageFolder
 
 BY_PATH = "by their path"
 BY_TAIL = "by the end of their path"

@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from il_net.data.polygon_checks import check_outlines, find_outline_faults
+from il_net.curation.polygon_checks import check_outlines, find_outline_faults
 from il_net.data.report import Findings
 
 SIZES = {1: (100, 50)}

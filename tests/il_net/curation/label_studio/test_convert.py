@@ -13,8 +13,8 @@ from datetime import datetime
 import pytest
 from PIL import Image
 
-from il_net.data.label_studio.convert import convert, read_export, read_table
-from il_net.data.label_studio.records import Choices
+from il_net.curation.label_studio.convert import convert, read_export, read_table
+from il_net.curation.label_studio.records import Choices
 from il_net.data.report import Severity
 
 SQUARE = [[10, 20], [50, 20], [50, 60], [10, 60]]  # percent
@@ -228,7 +228,7 @@ def test_fractions_of_a_second_of_any_length(run, monkeypatch, fraction):
             assert re.fullmatch(r"[^.]*(\.(\d{3}|\d{6}))?(\+[\d:]+)?", text), text
             return datetime.fromisoformat(text)
 
-    monkeypatch.setattr("il_net.data.label_studio.tasks.datetime", Strict)
+    monkeypatch.setattr("il_net.curation.label_studio.tasks.datetime", Strict)
     found = three_annotations()
     found[0]["annotations"][0]["updated_at"] = f"2022-03-01T11:00:00{fraction}Z"
     assert used(run(found)[0]) == ["early"]  # half a second after "late"

@@ -6,7 +6,7 @@ That any polygon keeps the area of an independent rasterisation is in label_stud
 import numpy as np
 import pytest
 
-from il_net.data.polygons import (
+from il_net.curation.polygons import (
     clip_polygon,
     polygon_area,
     polygon_box,

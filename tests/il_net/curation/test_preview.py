@@ -15,9 +15,9 @@ from detectron2.data.detection_utils import read_image
 from PIL import Image
 
 from il_net.config import load_config
+from il_net.curation.preview import CELL, View, semi_rows, supervised_rows, write_grid
 from il_net.data.datasets import register_datasets
 from il_net.data.loader import build_semi_loader
-from il_net.data.preview import CELL, View, semi_rows, supervised_rows, write_grid
 from il_net.data.synthetic import generate
 
 SIZE = (64, 96)  # height, width

@@ -11,8 +11,8 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
-from .split_file import ImageId
-from .stratify import PossibleSums, add_up, floor_share, order_by_hash, stratify
+from ..data.split_file import ImageId
+from ..data.stratify import PossibleSums, add_up, floor_share, order_by_hash, stratify
 
 Groups = dict[ImageId, list[ImageId]]
 

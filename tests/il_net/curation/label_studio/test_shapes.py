@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from il_net.data.label_studio.convert import convert
-from il_net.data.label_studio.records import Choices
+from il_net.curation.label_studio.convert import convert
+from il_net.curation.label_studio.records import Choices
 
 WIDTH, HEIGHT = 30, 20
 CELL = 0.25

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from PIL import Image
 
-from il_net.data.sound_coco import check_sound
-from il_net.data.statistics import (
+from il_net.curation.statistics import (
     SplitObjects,
     Table,
     categories_in_image,
@@ -29,12 +28,13 @@ from il_net.data.statistics import (
     size_bins,
     write_table,
 )
-from il_net.data.statistics_figures import (
+from il_net.curation.statistics_figures import (
     category_figure,
     count_figure,
     shorten_tail,
     size_figure,
 )
+from il_net.data.sound_coco import check_sound
 from il_net.data.synthetic import generate
 from il_net.figures import COLOURS, shorten
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from ...data.report import Findings, Problem, Severity
 from ..polygons import rectangle_corners
-from ..report import Findings, Problem, Severity
 
 # A shape may reach out of its picture, but further than this its numbers are no fractions.
 _LARGEST_FRACTION = 100.0

@@ -7,8 +7,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from il_net.data.image_checks import check_readable, check_sizes, probe_picture, probe_pictures
-from il_net.data.near_duplicates import MAX_DIFFERENT_BITS, NUM_BITS, find_twins, perceptual_hash
+from il_net.curation.image_checks import check_readable, check_sizes, probe_picture, probe_pictures
+from il_net.curation.near_duplicates import (
+    MAX_DIFFERENT_BITS,
+    NUM_BITS,
+    find_twins,
+    perceptual_hash,
+)
 from il_net.data.report import Findings
 
 DATA = Path(__file__).parents[4] / "shared" / "data"
@@ -199,7 +204,7 @@ def test_twins_are_those_of_a_loop_over_all_pairs():
 
 def test_twins_among_themselves_are_those_of_a_loop_over_all_pairs(monkeypatch):
     """Each with those before it; in small blocks, so that pairs lie on both sides of them."""
-    monkeypatch.setattr("il_net.data.near_duplicates._BLOCK", (16, 24))
+    monkeypatch.setattr("il_net.curation.near_duplicates._BLOCK", (16, 24))
     rng = np.random.default_rng(4)
     hashes = rng.random((100, NUM_BITS)) < 0.5
     for row in range(1, 100, 3):

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from .coco_values import is_area
+from ..data.coco_values import is_area
 
 # Areas in pixels from which COCO's metrics call an object medium and large.
 COCO_AREAS = (32**2, 96**2)

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from .coco_checks import check_repeats, same_file
-from .coco_file import read_coco_json
+from ..data.coco_checks import check_repeats, same_file
+from ..data.coco_file import read_coco_json
+from ..data.report import Findings, Problem, Report, Severity
+from ..data.validate import Records, check_records, make_report
 from .image_checks import Picture, check_readable, check_sizes, probe_pictures
 from .near_duplicates import NUM_BITS, find_twins
 from .polygon_checks import check_outlines
-from .report import Findings, Problem, Report, Severity
-from .validate import Records, check_records, make_report
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def inspect_folder(image_root: str, *, pixels: bool) -> Inspection:
     Raises:
         ValueError: there is no image in it.
     """
-    from .sources import ImagesSource  # imports Detectron2, which COCO files can do without
+    from ..data.sources import ImagesSource  # imports Detectron2, which COCO files can do without
 
     files = [record["image_id"] for record in ImagesSource(os.path.abspath(image_root)).load()]
     if not files:

@@ -1,0 +1,1 @@
+"""Making and looking after data sets: importing, checking, mending, splitting, counting."""

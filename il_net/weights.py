@@ -33,7 +33,11 @@ def rename_foreign(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tens
     """
     if "_conv_stem.weight" in state:
         return lite0_to_timm(state, model.state_dict())
-    if {"conv1.weight", "bn1.weight", "layer1.0.conv1.weight"} <= state.keys():
+    block = "layer1.0.conv1.weight"
+    # Unless the model's own backbone has torchvision's names, as timm's ResNets have.
+    if {"conv1.weight", "bn1.weight", block} <= state.keys() and not any(
+        name.endswith(block) for name in model.state_dict()
+    ):
         return torchvision_to_detectron2(state, model)
     return state
 

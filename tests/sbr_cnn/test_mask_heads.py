@@ -165,6 +165,15 @@ def test_logits_are_deconvolution_then_1x1(make_head, randomize):
     torch.testing.assert_close(head.logits(m), expected)
 
 
+@pytest.mark.parametrize("agnostic", ["False", "True"])
+def test_logits_of_one_class_are_among_those_of_all(make_head, randomize, agnostic):
+    head = randomize(make_head("MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK", agnostic))
+    features, classes = torch.randn(5, 8, 14, 14), torch.tensor([2, 0, 1, 2, 2])
+    expected = select_class(head.logits(features), classes)
+    torch.testing.assert_close(head.class_logits(features, classes), expected)
+    assert head.class_logits(features[:0], classes[:0]).shape == (0, 28, 28)
+
+
 def test_layers_is_one_iteration(make_head, randomize):
     head = randomize(make_head())
     x = torch.randn(2, 8, 14, 14)

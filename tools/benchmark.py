@@ -5,8 +5,11 @@ python tools/benchmark.py CONFIG [CONFIG ...] [--device cuda] [--dtype bf16] [--
 
 CONFIG is a YAML file, with keys of its own behind colons if wanted: FILE[:KEY=VALUE]... For example
   configs/sbr_cnn/r3_cnn_r50_fpn_1x.yaml:MODEL.ROI_LOOP_HEAD.ORDER=aab
-Prints Markdown tables with ratios to the first CONFIG; --output keeps every single time. Needs
-neither a data set nor weights. What makes the configurations comparable:
+  configs/sbr_cnn/mask_rcnn_r50_fpn_1x.yaml:MODEL.ROI_HEADS.NAME=StandardROIHeads
+of which the second has Detectron2's own RoI heads and RoIAlign. A detector of another library is a
+CONFIG by its name: torchvision:maskrcnn_resnet50_fpn or torchvision:fasterrcnn_resnet50_fpn (their
+RoIAlign takes two samples per bin and axis). Prints Markdown tables with ratios to the first
+CONFIG; --output keeps every single time. Needs no data set and no weights. What makes it fair:
 
 - All models see the same noise picture and get the same 1000 proposals at inference and 2000 in
   training: the RPN runs, then its proposals are replaced. A quarter of them overlaps one of 20
@@ -50,13 +53,8 @@ import torch
 from detectron2.config import CfgNode
 
 from il_net.config import load_config
-from il_net.engine.benchmark import (
-    Subject,
-    in_turn,
-    machine_facts,
-    peak_resident_bytes,
-    profile,
-)
+from il_net.engine.benchmark import Subject, in_turn, machine_facts, peak_resident_bytes, profile
+from il_net.engine.benchmark_peers import PEERS, PeerSubject, is_peer, peer_config
 from il_net.engine.benchmark_report import TITLES, compare, render
 from il_net.engine.semisup_benchmark import SemisupSubject, is_semisup
 from il_net.engine.train_step import AMP_DTYPES
@@ -107,7 +105,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add, device = parser.add_argument, "cuda" if torch.cuda.is_available() else "cpu"
-    add("configs", nargs="+", metavar="CONFIG", help="FILE[:KEY=VALUE]...")
+    add("configs", nargs="+", metavar="CONFIG", help="FILE[:KEY=VALUE]... or torchvision:NAME")
     add("--device", choices=("cpu", "cuda"), default=device, help="cuda where there is one")
     add("--dtype", choices=("fp32", "bf16"), default="fp32")
     add("--size", type=_size, default=(800, 1216), metavar="HxW", help="picture (800x1216)")
@@ -175,12 +173,16 @@ def load(text: str, opts: list[str], device: str) -> CfgNode:
         FileNotFoundError, ValueError: naming the argument.
     """
     file, own = split_config(text)
-    if not Path(file).is_file():
+    if file not in PEERS and not Path(file).is_file():
         raise FileNotFoundError(
-            f"CONFIG {text}: there is no file {file}; write FILE or FILE:KEY=VALUE[:KEY=VALUE ...]"
+            f"CONFIG {text}: there is no file {file}; write FILE or FILE:KEY=VALUE[:KEY=VALUE ...] "
+            f"or one of {', '.join(PEERS)}"
         )
     with naming(text):
-        cfg = load_config(file, [*opts, *own], add_sbr_cnn_config)
+        if file in PEERS:
+            cfg = peer_config(file, [*opts, *own])
+        else:
+            cfg = load_config(file, [*opts, *own], add_sbr_cnn_config)
     if cfg.MODEL.ROI_HEADS.NUM_CLASSES == 0:
         cfg.MODEL.ROI_HEADS.NUM_CLASSES = NUM_CLASSES
     cfg.MODEL.DEVICE = device
@@ -226,9 +228,9 @@ def build(args: argparse.Namespace, configs: list[CfgNode]) -> list[Subject]:
     """The models of the CONFIG arguments, all with the same work."""
     workload = make_workload(args.size)
     amp_dtype = None if args.dtype == "fp32" else AMP_DTYPES[args.dtype]
-    kind = SemisupSubject if args.modes == (SEMISUP,) else Subject
     subjects = []
     for text, cfg in zip(args.configs, configs, strict=True):
+        kind = PeerSubject if is_peer(cfg) else SemisupSubject if is_semisup(cfg) else Subject
         with naming(text):
             label = make_label(text)
             subjects.append(kind(label, cfg, workload, images=args.images, amp_dtype=amp_dtype))

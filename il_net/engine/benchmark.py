@@ -35,6 +35,8 @@ EXPECTED = {
     "inference": {"box": 1000, "mask": 100, "detections": 100},
     "train": {"box": 512, "mask": 128},
 }
+# Names of RoI extractors and their branch: Detectron2's and this project's, and torchvision's.
+EXTRACTOR = re.compile(r"([^.]+)_(?:pooler|roi_pool)$")
 
 
 class Subject:
@@ -84,7 +86,7 @@ class Subject:
         _allocate_workspaces(self.device)
         before = self._allocated()
         torch.manual_seed(SEED)
-        self.model = build_model(cfg)
+        self.model = self._build(cfg, workload)
         self.parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         self.inputs = [{"image": workload.image}]
         still = cfg.clone()
@@ -98,6 +100,9 @@ class Subject:
         )
         self.storage = EventStorage()
         self.resident = self._allocated() - before
+
+    def _build(self, cfg: CfgNode, workload: Workload) -> nn.Module:
+        return build_model(cfg)
 
     def _prepare(self, cfg: CfgNode, workload: Workload) -> Iterable:
         """Fix what the model decides; returns the batches to train on."""
@@ -169,7 +174,8 @@ def _allocate_workspaces(device: torch.device) -> None:
 def count_boxes(model: nn.Module) -> Iterator[dict[str, list[int]]]:
     """Record how many boxes each call of a branch's RoI extractor gets, by the branch's name.
 
-    An extractor is a module called ``{branch}_pooler``, as Detectron2 and this project name them.
+    An extractor is a module called ``{branch}_pooler``, as Detectron2 and this project name them,
+    or ``{branch}_roi_pool``, as torchvision does; its second argument is the pictures' boxes.
     Student and teacher are counted apart, as ``student {branch}`` and ``teacher {branch}``.
     """
     counts: dict[str, list[int]] = {}
@@ -183,7 +189,7 @@ def count_boxes(model: nn.Module) -> Iterator[dict[str, list[int]]]:
     handles = [
         module.register_forward_pre_hook(counter(_branch(name)))
         for name, module in model.named_modules()
-        if name.endswith("_pooler")
+        if EXTRACTOR.search(name)
     ]
     try:
         yield counts
@@ -193,7 +199,7 @@ def count_boxes(model: nn.Module) -> Iterator[dict[str, list[int]]]:
 
 
 def _branch(name: str) -> str:
-    first, branch = name.split(".")[0], name.split(".")[-1].removesuffix("_pooler")
+    first, branch = name.split(".")[0], EXTRACTOR.search(name)[1]
     return f"{first} {branch}" if first in ("student", "teacher") else branch
 
 

@@ -163,17 +163,28 @@ def replace_decisions(
         ]
         return proposed, output[1]
 
+    model.proposal_generator.register_forward_hook(propose)
+    for predictor in predictors:
+        replace_scores(predictor, logits)
+
+
+def replace_scores(predictor: nn.Module, logits: Tensor) -> None:
+    """Replace class logits at inference, and have all box deltas be zero, in place.
+
+    Args:
+        predictor: with a layer ``cls_score``, and ``bbox_pred`` if it moves boxes.
+        logits: (R, K + 1) of every picture's proposals, where the predictor is.
+    """
+
     def classify(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         if module.training:
             return output
         return logits.repeat(len(output) // len(logits), 1).to(output.dtype)
 
-    model.proposal_generator.register_forward_hook(propose)
-    for predictor in predictors:
-        predictor.cls_score.register_forward_hook(classify)
-        if hasattr(predictor, "bbox_pred"):
-            for parameter in predictor.bbox_pred.parameters():
-                nn.init.zeros_(parameter)
+    predictor.cls_score.register_forward_hook(classify)
+    if hasattr(predictor, "bbox_pred"):
+        for parameter in predictor.bbox_pred.parameters():
+            nn.init.zeros_(parameter)
 
 
 def class_logits(num_classes: int) -> Tensor:
@@ -184,9 +195,15 @@ def class_logits(num_classes: int) -> Tensor:
     return torch.cat([objects, torch.zeros(shape[0], 1)], dim=1)
 
 
-@torch.no_grad()
 def settle_norms(model: GeneralizedRCNN, workload: Workload) -> None:
-    """Set the backbone's BatchNorm statistics to those of the picture, as pre-training would.
+    """Do what :func:`settle_backbone` says with the workload's picture."""
+    pictures = model.preprocess_image([{"image": workload.image}]).tensor
+    settle_backbone(model.backbone, pictures)
+
+
+@torch.no_grad()
+def settle_backbone(backbone: nn.Module, pictures: Tensor) -> None:
+    """Set BatchNorm statistics to those of the (N, 3, H, W) pictures, as pre-training would.
 
     With the initial ones activations double from block to block, until softmax and sums are full
     of zeros, infinities and denormal numbers, which take other time than ordinary ones.
@@ -197,9 +214,9 @@ def settle_norms(model: GeneralizedRCNN, workload: Workload) -> None:
         norm.running_var.copy_(variance)
         norm.running_mean.copy_(mean)
 
-    norms = [m for m in model.backbone.modules() if getattr(m, "running_var", None) is not None]
+    norms = [m for m in backbone.modules() if getattr(m, "running_var", None) is not None]
     handles = [norm.register_forward_pre_hook(settle) for norm in norms]
-    model.eval()
-    model.backbone(model.preprocess_image([{"image": workload.image}]).tensor)
+    backbone.eval()
+    backbone(pictures)
     for handle in handles:
         handle.remove()

@@ -19,6 +19,12 @@ ALL_FILES = [*PACKAGE_FILES, REPO / "train_net.py", *sorted((REPO / "tools").glo
 FORBIDDEN_IMPORTS = [
     ("il_net", "sbr_cnn"),
     ("sbr_cnn", "il_net"),
+    # What measures models stands on everything else.
+    ("il_net.data", "il_net.benchmark"),
+    ("il_net.modeling", "il_net.benchmark"),
+    ("il_net.curation", "il_net.benchmark"),
+    ("il_net.evaluation", "il_net.benchmark"),
+    ("il_net.engine", "il_net.benchmark"),
     ("il_net.data", "il_net.curation"),
     ("il_net.modeling", "il_net.curation"),
     ("il_net.curation", "il_net.modeling"),

@@ -52,13 +52,13 @@ from pathlib import Path
 import torch
 from detectron2.config import CfgNode
 
+from il_net.benchmark.peers import PEERS, PeerSubject, is_peer, peer_config
+from il_net.benchmark.semisup_timing import SemisupSubject, is_semisup
+from il_net.benchmark.timing import Subject, in_turn, machine_facts, peak_resident_bytes, profile
+from il_net.benchmark.timing_report import TITLES, compare, render
+from il_net.benchmark.workload import MODES, SEMISUP, make_workload
 from il_net.config import load_config
-from il_net.engine.benchmark import Subject, in_turn, machine_facts, peak_resident_bytes, profile
-from il_net.engine.benchmark_peers import PEERS, PeerSubject, is_peer, peer_config
-from il_net.engine.benchmark_report import TITLES, compare, render
-from il_net.engine.semisup_benchmark import SemisupSubject, is_semisup
 from il_net.engine.train_step import AMP_DTYPES
-from il_net.engine.workload import MODES, SEMISUP, make_workload
 from il_net.errors import plain_errors
 from sbr_cnn import add_sbr_cnn_config
 

@@ -31,17 +31,7 @@ from pathlib import Path
 from count_parameters import count_trainable
 from detectron2.modeling import build_model
 
-from il_net.config import load_config
-from il_net.data.datasets import register_datasets
-from il_net.engine.preemption import PREEMPTED
-from il_net.engine.small_benchmark import (
-    RESULT,
-    SmallBenchmark,
-    Stopped,
-    Trainings,
-    chosen_settings,
-)
-from il_net.engine.small_protocol import (
+from il_net.benchmark.small_protocol import (
     Table,
     annotation_file,
     needed_choices,
@@ -49,7 +39,17 @@ from il_net.engine.small_protocol import (
     run_folder,
     select_tables,
 )
-from il_net.engine.small_report import write_report
+from il_net.benchmark.small_report import write_report
+from il_net.benchmark.small_runs import (
+    RESULT,
+    SmallBenchmark,
+    Stopped,
+    Trainings,
+    chosen_settings,
+)
+from il_net.config import load_config
+from il_net.data.datasets import register_datasets
+from il_net.engine.preemption import PREEMPTED
 from il_net.errors import check_output, plain_errors
 from sbr_cnn import add_sbr_cnn_config
 

@@ -17,11 +17,11 @@ import torch
 from detectron2.modeling.roi_heads.fast_rcnn import fast_rcnn_inference_single_image
 from detectron2.structures import Boxes, pairwise_iou
 
+from il_net.benchmark.semisup_timing import PHASES
+from il_net.benchmark.timing import Subject, count_boxes, differences, in_turn
+from il_net.benchmark.timing_report import compare
+from il_net.benchmark.workload import MODES, Workload, class_logits, make_workload
 from il_net.config import load_config
-from il_net.engine.benchmark import Subject, count_boxes, differences, in_turn
-from il_net.engine.benchmark_report import compare
-from il_net.engine.semisup_benchmark import PHASES
-from il_net.engine.workload import MODES, Workload, class_logits, make_workload
 from sbr_cnn import add_sbr_cnn_config
 
 REPO = Path(__file__).parents[2]

@@ -26,10 +26,10 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 
+from il_net.benchmark.peers import PEERS, PeerSubject, fix_torchvision, peer_config
+from il_net.benchmark.timing import Subject
+from il_net.benchmark.workload import MODES, Workload, class_logits, make_workload
 from il_net.config import load_config
-from il_net.engine.benchmark import Subject
-from il_net.engine.benchmark_peers import PEERS, PeerSubject, fix_torchvision, peer_config
-from il_net.engine.workload import MODES, Workload, class_logits, make_workload
 from sbr_cnn import add_sbr_cnn_config
 
 REPO = Path(__file__).parents[2]

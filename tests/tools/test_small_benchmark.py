@@ -16,20 +16,8 @@ import yaml
 pytest.importorskip("detectron2")
 pytest.importorskip("timm")
 
-from il_net.config import load_config
-from il_net.data.synthetic import generate
-from il_net.engine.preemption import PREEMPTED
-from il_net.engine.small_benchmark import (
-    CHOSEN,
-    RESULT,
-    SmallBenchmark,
-    Stopped,
-    Trainings,
-    all_classes,
-    chosen_settings,
-    counted_classes,
-)
-from il_net.engine.small_protocol import (
+from il_net.benchmark import small_table as tables
+from il_net.benchmark.small_protocol import (
     CELLS,
     CHOICES,
     IL_NET,
@@ -50,8 +38,20 @@ from il_net.engine.small_protocol import (
     tuning_run,
     write_tuning_part,
 )
-from il_net.engine.small_report import write_report
-from il_net.evaluation import benchmark_table as tables
+from il_net.benchmark.small_report import write_report
+from il_net.benchmark.small_runs import (
+    CHOSEN,
+    RESULT,
+    SmallBenchmark,
+    Stopped,
+    Trainings,
+    all_classes,
+    chosen_settings,
+    counted_classes,
+)
+from il_net.config import load_config
+from il_net.data.synthetic import generate
+from il_net.engine.preemption import PREEMPTED
 from sbr_cnn import add_sbr_cnn_config
 from tests.e2e.runner import Runner
 from tests.test_configs import leaves
@@ -269,7 +269,7 @@ class FakeTraining:
 
 @pytest.fixture
 def training(monkeypatch) -> FakeTraining:
-    monkeypatch.setattr("il_net.engine.small_protocol.CHOICES", (RATE,))
+    monkeypatch.setattr("il_net.benchmark.small_protocol.CHOICES", (RATE,))
     return FakeTraining()
 
 
@@ -329,7 +329,7 @@ def test_a_folder_begun_with_other_settings_is_refused(root, tmp_path, training)
 
 def test_without_any_candidate_nothing_is_trained(root, tmp_path, training, monkeypatch):
     wild = Choice("rate", TINY, (A,), {"wild": ("SOLVER.BASE_LR", "9")})
-    monkeypatch.setattr("il_net.engine.small_protocol.CHOICES", (wild,))
+    monkeypatch.setattr("il_net.benchmark.small_protocol.CHOICES", (wild,))
     with pytest.raises(ValueError, match=r"rate: none of \['wild'\] has a result"):
         benchmark(tmp_path / "out", training).run([TINY], [1], lambda: None)
     assert training.runs == [TUNING[2]]

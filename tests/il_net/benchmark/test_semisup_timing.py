@@ -9,16 +9,16 @@ import pytest
 import torch
 from detectron2.config import CfgNode
 
-from il_net.config import load_config
-from il_net.engine import semisup_benchmark
-from il_net.engine.semisup_benchmark import (
+from il_net.benchmark import semisup_timing
+from il_net.benchmark.semisup_timing import (
     PHASES,
     PhaseClock,
     SemisupSubject,
     strong_view,
     write_record,
 )
-from il_net.engine.workload import SEMISUP, Workload, make_workload
+from il_net.benchmark.workload import SEMISUP, Workload, make_workload
+from il_net.config import load_config
 from il_net.modeling import teacher_student
 
 SIZE = (128, 160)
@@ -74,7 +74,7 @@ def fake_clock(monkeypatch) -> Callable[[float], None]:
     """A clock that stands still; the function returned moves it."""
     now = [0.0]
     clock = SimpleNamespace(perf_counter=lambda: now[0])
-    monkeypatch.setattr(semisup_benchmark, "time", clock)
+    monkeypatch.setattr(semisup_timing, "time", clock)
 
     def wait(seconds: float) -> None:
         now[0] += seconds
@@ -122,7 +122,7 @@ def test_the_device_is_waited_for_before_the_clock_is_read(monkeypatch):
 
 def test_time_goes_to_the_phase_that_took_it(workload, monkeypatch):
     subject = make_subject(workload)
-    model, mapper = subject.model, semisup_benchmark.SemiMapper
+    model, mapper = subject.model, semisup_timing.SemiMapper
     wait = fake_clock(monkeypatch)
 
     def slowly(seconds: float, function: Callable = lambda *args: None) -> Callable:
@@ -293,14 +293,14 @@ def test_reports_are_those_of_training(workload):
 def test_every_step_sees_new_views_of_the_file(workload, monkeypatch):
     subject = make_subject(workload, images=2)
     made = []
-    call = semisup_benchmark.SemiMapper.__call__
+    call = semisup_timing.SemiMapper.__call__
 
     def spy(self, record: dict, position: int) -> dict:
         mapped = call(self, record, position)
         made.append((self.group, position, mapped))
         return mapped
 
-    monkeypatch.setattr(semisup_benchmark.SemiMapper, "__call__", spy)
+    monkeypatch.setattr(semisup_timing.SemiMapper, "__call__", spy)
     for _ in range(2):
         subject.run(SEMISUP)
     positions = [(group, position) for group, position, _ in made]
@@ -317,7 +317,7 @@ def test_the_file_has_the_objects(workload, tmp_path, masks):
     record = write_record(tmp_path, workload)
     assert cv2.imread(record["file_name"]).shape == (*SIZE, 3)
     cfg = make_cfg(*MASKS, "INPUT.MASK_FORMAT", masks, "INPUT.RANDOM_FLIP", "none")
-    found = semisup_benchmark.SemiMapper(cfg, True, 0)(record, 0)["instances"]
+    found = semisup_timing.SemiMapper(cfg, True, 0)(record, 0)["instances"]
     assert len(found) == 20
     assert torch.allclose(found.gt_boxes.tensor, workload.truths, atol=1e-3)
     # A regular polygon of 16 corners in an ellipse of half axes a, b: 8 sin(pi / 8) a b.

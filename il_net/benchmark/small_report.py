@@ -5,7 +5,9 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..evaluation.benchmark_table import (
+from .small_protocol import Method, Table, annotation_file, run_folder
+from .small_runs import RESULT, all_classes, counted_classes, read_chosen
+from .small_table import (
     MODELS,
     BySeed,
     class_table,
@@ -14,9 +16,7 @@ from ..evaluation.benchmark_table import (
     difference_table,
     value_table,
 )
-from .benchmark import machine_facts
-from .small_benchmark import RESULT, all_classes, counted_classes, read_chosen
-from .small_protocol import Method, Table, annotation_file, run_folder
+from .timing import machine_facts
 
 REPORT = "report.md"
 

@@ -20,7 +20,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from ..config import load_config
-from .benchmark import Subject
+from .timing import Subject
 from .workload import Workload, class_logits, replace_scores, settle_backbone
 
 

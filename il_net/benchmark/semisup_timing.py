@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from ..data.augment import StrongAugment
 from ..data.loader import SemiBatch
 from ..data.mapper import SemiMapper
+from ..engine.hooks import PseudoLabelReport, TeacherUpdate
 from ..modeling.iou_head import IoUHead
 from ..modeling.teacher_student import TeacherStudentRCNN
-from .benchmark import Subject
-from .hooks import PseudoLabelReport, TeacherUpdate
+from .timing import Subject
 from .workload import (
     NUM_OBJECTS,
     SEED,

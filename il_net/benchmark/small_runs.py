@@ -22,8 +22,7 @@ import yaml
 
 from ..curation.split_parts import count_objects
 from ..data.sound_coco import read_sound_coco
-from ..evaluation.benchmark_table import TASKS, class_mean, read_metrics, seconds_per_step
-from .preemption import PREEMPTED, SIGNALS
+from ..engine.preemption import PREEMPTED, SIGNALS
 from .small_protocol import (
     Choice,
     Pairs,
@@ -35,6 +34,7 @@ from .small_protocol import (
     tuning_run,
     write_tuning_part,
 )
+from .small_table import TASKS, class_mean, read_metrics, seconds_per_step
 
 logger = logging.getLogger(__name__)
 

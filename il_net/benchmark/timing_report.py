@@ -2,7 +2,7 @@
 
 import statistics
 
-from .semisup_benchmark import PHASES
+from .semisup_timing import PHASES
 from .workload import SEMISUP
 
 TITLES = {"inference": "inference", "train": "training step", SEMISUP: "semi-supervised step"}

@@ -1,7 +1,7 @@
 """Time and peak memory of detectors that are all given the same work, measured in turn.
 
 For comparisons like the speed and memory columns of thesis Tables 2.6 to 2.16. What the work is:
-:mod:`il_net.engine.workload`.
+:mod:`il_net.benchmark.workload`.
 """
 
 import datetime
@@ -24,8 +24,8 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 from torch.profiler import ProfilerActivity
 
-from .train_step import TrainStep
-from .trainer import Trainer
+from ..engine.train_step import TrainStep
+from ..engine.trainer import Trainer
 from .workload import MODES, SEED, SEMISUP, Workload, fix_decisions, settle_norms
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,1 @@
+"""Comparing models: their speed side by side, and what they reach on two small data sets."""

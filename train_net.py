@@ -93,27 +93,34 @@ def infer_train_groups(cfg: CfgNode, share: float) -> list[dict]:
 def main(args: argparse.Namespace) -> dict | None:
     """Train, or with ``--eval-only`` evaluate, in one process of the job."""
     trust_checkpoints(args.trust_checkpoint)  # a spawned process has not parsed the command line
-    with plain_errors(), parsed_once():
-        cfg = setup(args)
-        trainer = None if args.eval_only else trainer_class(cfg)(cfg)
     if args.eval_only:
-        with plain_errors():
-            trainer = trainer_class(cfg)
-            model = trainer.build_model(cfg)
-            checkpointer = Checkpointer(model, cfg.OUTPUT_DIR)
-            checkpointer.load_complete(
-                checkpointer.get_checkpoint_file() if args.resume else cfg.MODEL.WEIGHTS
-            )
-        results = trainer.test(cfg, model)
-        if comm.is_main_process():
-            verify_results(cfg, results)
-        return results
+        return evaluate(args)
     with plain_errors():
+        with parsed_once():
+            cfg = setup(args)
+            trainer = trainer_class(cfg)(cfg)
         trainer.resume_or_load(resume=args.resume)
     new = Path(cfg.OUTPUT_DIR, NEW_CONFIG)
     if comm.is_main_process() and new.is_file():
         new.replace(new.with_name("config.yaml"))
     return trainer.train()
+
+
+def evaluate(args: argparse.Namespace) -> dict:
+    """Score ``MODEL.WEIGHTS``, or with ``--resume`` the run's last checkpoint."""
+    with plain_errors():
+        with parsed_once():
+            cfg = setup(args)
+        trainer = trainer_class(cfg)
+        model = trainer.build_model(cfg)
+        checkpointer = Checkpointer(model, cfg.OUTPUT_DIR)
+        checkpointer.load_complete(
+            checkpointer.get_checkpoint_file() if args.resume else cfg.MODEL.WEIGHTS
+        )
+    results = trainer.test(cfg, model)
+    if comm.is_main_process():
+        verify_results(cfg, results)
+    return results
 
 
 def invoke_main() -> None:

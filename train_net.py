@@ -23,6 +23,7 @@ from detectron2.utils import comm  # noqa: E402
 from detectron2.utils.logger import setup_logger  # noqa: E402
 
 from il_net.checkpoint import Checkpointer  # noqa: E402
+from il_net.checkpoint_files import set_aside  # noqa: E402
 from il_net.config import load_config  # noqa: E402
 from il_net.config_checks import check_il_net_config  # noqa: E402
 from il_net.data.coco_file import parsed_once  # noqa: E402
@@ -102,6 +103,8 @@ def main(args: argparse.Namespace) -> dict | None:
         trainer.resume_or_load(resume=args.resume)
     new = Path(cfg.OUTPUT_DIR, NEW_CONFIG)
     if comm.is_main_process() and new.is_file():
+        if not args.resume:
+            set_aside(new.parent)
         new.replace(new.with_name("config.yaml"))
     return trainer.train()
 
@@ -139,8 +142,11 @@ def invoke_main() -> None:
     with plain_errors():
         url = choose_url(args.num_gpus, args.num_machines, args.dist_url)
     several = args.num_gpus * args.num_machines > 1
-    with relayed_signals() if several else nullcontext():
-        launch(main, args.num_gpus, args.num_machines, args.machine_rank, url, (args,))
+    try:
+        with relayed_signals() if several else nullcontext():
+            launch(main, args.num_gpus, args.num_machines, args.machine_rank, url, (args,))
+    except KeyboardInterrupt:  # within training it is no exception
+        raise SystemExit("Stopped before the first step: there was nothing to save") from None
 
 
 if __name__ == "__main__":

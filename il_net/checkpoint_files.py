@@ -202,3 +202,27 @@ def choose_checkpoint(folder: Path, or_start: bool) -> Path | None:
         )
     logger.warning("%s: going on from %s, the checkpoint before it", problem, whole)
     return whole
+
+
+def set_aside(folder: Path) -> None:
+    """Give a run that starts anew a folder without an earlier run's checkpoints and metrics.
+
+    They go to ``earlier-1``, ``earlier-2``, ... below it, with the run's ``config.yaml``: with
+    ``--resume`` the new run could otherwise go on from a file of the old one.
+    """
+    metrics = folder / "metrics.json"
+    moved = [path for path in (*folder.glob("model_*.pth"), folder / LAST) if path.is_file()]
+    has_metrics = metrics.is_file() and metrics.stat().st_size > 0
+    if not moved and not has_metrics:
+        return
+    number = 1
+    while (place := folder / f"earlier-{number}").exists():
+        number += 1
+    place.mkdir()
+    for path in (*moved, folder / "config.yaml"):
+        if path.is_file():
+            path.rename(place / path.name)
+    if has_metrics:
+        shutil.copy2(metrics, place)
+        os.truncate(metrics, 0)  # the new run's writer has it open, to append
+    logger.warning("OUTPUT_DIR holds an earlier run: its files are in %s now", place)

@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run, or list, the benchmark; returns the exit code."""
     args = parse_arguments(argv)
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
-    logging.getLogger("il_net.engine").setLevel(logging.INFO)
+    logging.getLogger("il_net.benchmark").setLevel(logging.INFO)
     folder = args.output.resolve()
     with plain_errors():
         check_output(args.output, is_folder=True, option="--output")

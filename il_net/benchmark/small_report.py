@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .small_protocol import Method, Table, annotation_file, run_folder
-from .small_runs import RESULT, all_classes, counted_classes, read_chosen
+from .small_runs import RESULT, all_classes, counted_classes, extra_settings, read_chosen
 from .small_table import (
     MODELS,
     BySeed,
@@ -42,6 +42,7 @@ def write_report(folder: Path, tables: Sequence[Table], seeds: Sequence[int], th
         "",
         "Values are means over the seeds ± standard deviation (n - 1). Seconds per step are means "
         "over a run, burn-in included and evaluations apart, and depend on what else ran.",
+        *_trial_lines(folder),
         *_chosen_lines(folder),
     ]
     for table in tables:
@@ -50,6 +51,11 @@ def write_report(folder: Path, tables: Sequence[Table], seeds: Sequence[int], th
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
+
+
+def _trial_lines(folder: Path) -> list[str]:
+    extra = extra_settings(folder)
+    return ["", f"**A trial with {' '.join(extra)}: no benchmark.**"] if extra else []
 
 
 def _chosen_lines(folder: Path) -> list[str]:

@@ -39,6 +39,7 @@ from .small_table import TASKS, class_mean, read_metrics, seconds_per_step
 logger = logging.getLogger(__name__)
 
 RESULT = "result.json"
+SETTINGS = "settings.json"
 CHOSEN = "chosen.json"
 
 
@@ -145,8 +146,9 @@ class SmallBenchmark:
 
         Raises:
             Stopped: see ``Trainings``.
-            ValueError: a run's folder was begun with other settings, or no candidate can be chosen.
+            ValueError: a folder was begun with other settings, or no candidate can be chosen.
         """
+        _claim(self.folder, {"extra": list(self.extra)})
         for table, method, seed in planned(tables, seeds):
             for choice in needed_choices([method]):
                 self.choose(choice)
@@ -220,6 +222,12 @@ def read_chosen(folder: Path) -> dict[str, dict]:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
+def extra_settings(folder: Path) -> list[str]:
+    """Keys and values that all runs of the output folder have beside the protocol's."""
+    path = folder / SETTINGS
+    return json.loads(path.read_text())["extra"] if path.is_file() else []
+
+
 def chosen_settings(folder: Path) -> dict[str, Pairs]:
     """The settings that were chosen so far, by the choice's name."""
     return {name: tuple(entry["settings"]) for name, entry in read_chosen(folder).items()}
@@ -250,10 +258,10 @@ def all_classes(json_file: Path) -> dict[str, int]:
 
 def _claim(folder: Path, settings: dict) -> None:
     """Write down what a folder's run is; raises ValueError if it is another one's."""
-    path = folder / "settings.json"
+    path = folder / SETTINGS
     if path.is_file() and json.loads(path.read_text()) != settings:
         raise ValueError(
-            f"--output: {folder} was begun with other settings (settings.json there); name another "
+            f"--output: {folder} was begun with other settings ({SETTINGS} there); name another "
             "folder, or delete that one to train it anew"
         )
     folder.mkdir(parents=True, exist_ok=True)

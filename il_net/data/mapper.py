@@ -202,7 +202,18 @@ def to_eight_bits(image: Image.Image) -> Image.Image:
     """The high byte of 16-bit gray, as Pillow takes it of 16-bit colours; others as they are.
 
     Pillow makes white of every 16-bit gray above 255 when it converts to a mode of 8 bits.
+
+    Raises:
+        ValueError: floating-point pixels that are no levels from 0 to 255; Pillow would make black
+            of numbers that are none, and nearly black of 0 to 1.
     """
+    if image.mode == "F":
+        levels = np.asarray(image)
+        if not (np.isfinite(levels).all() and levels.min() >= 0 and 1 < levels.max() < 256):
+            raise ValueError(
+                f"its floating-point pixels go from {levels.min():g} to {levels.max():g}; save it "
+                "with integers, or with finite levels from 0 to 255"
+            )
     # Pillow 9 opens 16-bit PNGs as 32 bits.
     if image.mode.startswith("I;16") or (image.mode == "I" and image.getextrema()[1] > 255):
         levels = np.asarray(image).clip(0, 2**16 - 1)

@@ -154,8 +154,8 @@ def _run(
 ) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
-    else:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
+    elif "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, _usable_cores() // local_size))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if dist.is_torchelastic_launched():
         store, rank, world_size = next(dist.rendezvous(url, timeout=TIMEOUT))
@@ -177,6 +177,13 @@ def _run(
             ) from error
         raise
     _leave()
+
+
+def _usable_cores() -> int:
+    """Those that a batch system has left to this process, where the system tells."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _leave() -> None:

@@ -26,6 +26,8 @@ from .preemption import Preemption
 
 logger = logging.getLogger(__name__)
 
+_OR_NEW = "or start a new run from MODEL.WEIGHTS in another OUTPUT_DIR, without --resume"
+
 
 class ResumableTrainer(DefaultTrainer):
     """Detectron2's ``DefaultTrainer`` with the state and the ends of a run; see ``Trainer``."""
@@ -89,20 +91,35 @@ class ResumableTrainer(DefaultTrainer):
             "_trainer": self._trainer.state_dict(),
             "split": split_digest(self.cfg.OUTPUT_DIR),
             "seed": self.cfg.SEED,
+            "made_for": self._made_for(),
+        }
+
+    def _made_for(self) -> dict:
+        """What the numbers of a checkpoint mean nothing without, by key."""
+        return {
+            "DATASETS.CLASSES": list(self.cfg.DATASETS.CLASSES),
+            "SOLVER.OPTIMIZER": self.cfg.SOLVER.OPTIMIZER,
         }
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Undo ``state_dict``; warns about a checkpoint of Detectron2 0.6's own trainer.
 
         Raises:
-            ValueError: the run had other labelled or unlabelled images.
+            ValueError: the run had other labelled or unlabelled images, other classes or another
+                optimizer.
         """
+        now = self._made_for()
+        for key, before in state_dict.get("made_for", {}).items():
+            if before != now[key]:
+                raise ValueError(
+                    f"{key} is {now[key]}, in the run that goes on {before}: restore it, {_OR_NEW}"
+                )
         before, now = state_dict.get("split"), split_digest(self.cfg.OUTPUT_DIR)
         if before and now and before != now:
             raise ValueError(
                 "The training images or their split into labelled and unlabelled ones are not "
-                "those of the run that goes on: restore DATASETS.TRAIN and DATASETS.SPLIT, or "
-                "start a new run from MODEL.WEIGHTS in another OUTPUT_DIR, without --resume"
+                "those of the run that goes on: restore DATASETS.TRAIN and DATASETS.SPLIT, "
+                f"{_OR_NEW}"
             )
         seed = state_dict.get("seed", self.cfg.SEED)
         if seed != self.cfg.SEED:
@@ -113,7 +130,12 @@ class ResumableTrainer(DefaultTrainer):
             )
         TrainerBase.load_state_dict(self, state_dict)
         if "_trainer" in state_dict:
-            self._trainer.load_state_dict(state_dict["_trainer"])
+            try:
+                self._trainer.load_state_dict(state_dict["_trainer"])
+            except ValueError as error:  # of torch, about groups of parameters
+                raise ValueError(
+                    f"MODEL is not that of the run that goes on ({error}): restore it, {_OR_NEW}"
+                ) from error
         else:
             logger.warning("The checkpoint holds no optimizer state: momentum starts at zero")
 

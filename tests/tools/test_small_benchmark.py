@@ -322,9 +322,14 @@ def test_a_folder_begun_with_other_settings_is_refused(root, tmp_path, training)
     with pytest.raises(Stopped):
         benchmark(tmp_path / "out", training).run([TINY], [1], lambda: None)
     training.stop_at = None
-    (tmp_path / "out" / FINAL[0] / RESULT).unlink()
-    with pytest.raises(ValueError, match=r"--output: .*seed1 was begun with other settings"):
+    with pytest.raises(ValueError, match=r"--output: .*out was begun with other settings"):
         benchmark(tmp_path / "out", training, "SOLVER.MAX_ITER", "5").run([TINY], [1], lambda: None)
+    # A run of another protocol.
+    folder = tmp_path / "out" / FINAL[0]
+    (folder / RESULT).unlink()
+    (folder / "settings.json").write_text('{"config": "other", "settings": []}')
+    with pytest.raises(ValueError, match=r"--output: .*seed1 was begun with other settings"):
+        benchmark(tmp_path / "out", training).run([TINY], [1], lambda: None)
 
 
 def test_without_any_candidate_nothing_is_trained(root, tmp_path, training, monkeypatch):
@@ -574,3 +579,7 @@ def test_two_steps_then_nothing_more(tool, tmp_path, monkeypatch, capsys):
     assert tool.main(arguments) == 0
     assert capsys.readouterr().out == f"{out / 'report.md'}\n"
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
+    assert "A trial with SOLVER.MAX_ITER 2" in (out / "report.md").read_text()
+    # What a trial has left is never taken for a result.
+    with pytest.raises(SystemExit, match="was begun with other settings"):
+        tool.main(arguments[: -len(TWO_STEPS)])

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 LAST = "last_checkpoint"  # Detectron2's: names the file that a run goes on from
 _PARTIAL = "checkpoint.partial"
 _NUMBERED = re.compile(r"model_(\d{7})\.pth")
-_FINAL = "model_final.pth"
+FINAL = "model_final.pth"
 # What was asked for while a file is being written.
 _waiting: list[Callable[[], None]] = []
 _is_writing = False
@@ -171,7 +171,7 @@ def choose_checkpoint(folder: Path, or_start: bool) -> Path | None:
     """
     tag = folder / LAST
     named = tag.read_text(errors="replace").strip() if tag.is_file() else ""
-    latest = folder / (Path(named).name or _FINAL)
+    latest = folder / (Path(named).name or FINAL)
     candidates = earlier_checkpoints(latest)
     if named:
         problem = damage(latest)

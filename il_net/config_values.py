@@ -128,6 +128,8 @@ def _first(default: Any) -> Any:
 def _spelling(value: Any, default: Any) -> str:
     """What to write instead of ``value``: the same if that can be seen, or an example."""
     if isinstance(default, (list, tuple)):
+        if isinstance(value, str) and value.startswith("["):  # names without quotes in it
+            return f"{[name.strip() for name in value.strip('[]').split(',')]}"
         return f"[{value!r}]" if _fits([value], default) else f"a list as {list(default)}"
     if isinstance(value, (list, tuple)) and len(value) == 1 and _fits(value[0], default):
         return repr(value[0])

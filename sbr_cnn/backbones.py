@@ -4,6 +4,7 @@ Thesis section 2.1: all detectors stand on ResNet-50 with FPN. Other networks, t
 them, are its future work: ConvNeXt and Swin under FPN, a plain ViT under a simple pyramid.
 """
 
+import difflib
 import re
 from types import ModuleType
 
@@ -223,7 +224,7 @@ def _create_body(name: str, in_channels: int) -> nn.Module:
     """timm's feature extractor for pictures of any size."""
     timm = _import_timm()
     if not timm.is_model(name):
-        near = ", ".join(timm.list_models(f"*{name.split('_')[-1]}*")[:5])
+        near = ", ".join(difflib.get_close_matches(name, timm.list_models(), n=5))
         raise ValueError(
             f"MODEL.TIMM.NAME: timm {timm.__version__} has no {name!r}; near: {near or 'none'}"
         )

@@ -19,6 +19,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from ..checkpoint import Checkpointer
+from ..checkpoint_files import FINAL
 from ..data.eval_loader import build_eval_loader
 from ..data.split import load_split, write_split
 from ..evaluation.build import build_evaluator
@@ -103,6 +104,8 @@ class Trainer(ResumableTrainer):
                 "SOLVER.MAX_ITER",
                 *(self.max_iter, self.checkpointer.get_checkpoint_file()),
             )
+            if Path(self.checkpointer.get_checkpoint_file()).name != FINAL:  # it was damaged
+                self.checkpointer.save(Path(FINAL).stem, iteration=self.start_iter - 1)
         elif self.start_iter:
             logger.info(
                 "Resumed at iteration %d of %d from %s",

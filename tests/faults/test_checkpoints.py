@@ -321,6 +321,18 @@ def test_a_broken_checkpoint_is_not_used_and_the_one_before_is_offered(
     check_finished(folder, whole)
 
 
+def test_a_broken_final_model_is_written_anew(train, whole, tmp_path, injected):
+    injected(1)
+    for name in (f"model_{STEPS - 1:07d}.pth", "model_final.pth"):
+        shutil.copy2(whole / name, tmp_path)
+    (tmp_path / "last_checkpoint").write_text("model_final.pth")
+    cut_off(tmp_path / "model_final.pth")
+    result = train(tmp_path, "--resume-or-start", *SEMI)
+    assert result.code == 0, result.output[-3000:]
+    assert f"All {STEPS} iterations are done" in result.output
+    check_finished(tmp_path, whole)
+
+
 # ---- nothing to go on with ----
 
 

@@ -109,7 +109,7 @@ def test_value_of_the_wrong_type_names_the_key(tmp_path, value):
         ("SOLVER.STEPS", "['6e4']", "a list of numbers, got ['6e4']; write a list as [30000]"),
         ("SOLVER.STEPS", "((1, 2),)", "a list of numbers, got ((1, 2),); write a list as [30000]"),
         ("MODEL.RPN.IN_FEATURES", "p2", "a list of texts, got 'p2'; write ['p2']"),
-        ("MODEL.RPN.IN_FEATURES", "[p2,p3]", "got '[p2,p3]'; write ['p2', 'p3']"),
+        ("MODEL.RPN.IN_FEATURES", "[p2,p3]", "a list of texts, got '[p2,p3]'; write ['p2', 'p3']"),
         ("MODEL.FPN.IN_FEATURES", "[1]", "a list of texts, got [1]; write a list as ['res2']"),
         ("OUTPUT_DIR", "2017", "a text, got 2017; write \"'2017'\""),
         ("SOLVER.AMP", "True", "a group of keys, got 'True'; write keys in it, ENABLED for one"),

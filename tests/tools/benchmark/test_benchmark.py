@@ -1,13 +1,10 @@
 """The benchmark's work is the same for all models, its arithmetic is right, its files readable."""
 
-import importlib.util
 import json
 import math
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -24,7 +21,7 @@ from il_net.benchmark.workload import MODES, Workload, class_logits, make_worklo
 from il_net.config import load_config
 from sbr_cnn import add_sbr_cnn_config
 
-REPO = Path(__file__).parents[2]
+REPO = Path(__file__).parents[3]
 CONFIGS = REPO / "configs" / "sbr_cnn"
 MASK, LOOP, CASCADE, BOX_ONLY = (
     str(CONFIGS / f"{name}_r50_fpn_1x.yaml")
@@ -47,29 +44,6 @@ NARROW = [
 # The objects of small pictures are small.
 TINY_BOXES = ["SEMISUP.PSEUDO.MIN_SIDE", "0.0"]
 SHORT = ["--size", "64x96", "--device", "cpu", "--opts", *NARROW]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    """tools/benchmark.py as a module."""
-    path = REPO / "tools" / "benchmark.py"
-    spec = importlib.util.spec_from_file_location("benchmark_tool", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def workload() -> Workload:
-    return make_workload(SIZE)
 
 
 def make_subject(workload: Workload, file: str, *opts: str, **kwargs) -> Subject:

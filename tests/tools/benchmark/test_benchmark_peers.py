@@ -1,11 +1,8 @@
 """Detectors of torchvision do the work that Detectron2's do, and it is told where they do not."""
 
-import importlib.util
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -28,11 +25,11 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 
 from il_net.benchmark.peers import PEERS, PeerSubject, fix_torchvision, peer_config
 from il_net.benchmark.timing import Subject
-from il_net.benchmark.workload import MODES, Workload, class_logits, make_workload
+from il_net.benchmark.workload import MODES, Workload, class_logits
 from il_net.config import load_config
 from sbr_cnn import add_sbr_cnn_config
 
-REPO = Path(__file__).parents[2]
+REPO = Path(__file__).parents[3]
 MASK_CONFIG = str(REPO / "configs" / "sbr_cnn" / "mask_rcnn_r50_fpn_1x.yaml")
 MASK, BOX, TINY = (
     f"torchvision:{n}" for n in ("maskrcnn_resnet50_fpn", "fasterrcnn_resnet50_fpn", "tiny")
@@ -47,29 +44,6 @@ NARROW = {
     "MODEL.ROI_MASK_HEAD.CONV_DIM": "8",
 }
 NARROW_CONFIG = ":".join([MASK_CONFIG, *map("=".join, NARROW.items())])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    """tools/benchmark.py as a module."""
-    path = REPO / "tools" / "benchmark.py"
-    spec = importlib.util.spec_from_file_location("benchmark_tool", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def workload() -> Workload:
-    return make_workload(SIZE)
 
 
 def tiny(cfg: CfgNode, workload: Workload) -> nn.Module:

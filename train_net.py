@@ -101,12 +101,12 @@ def main(args: argparse.Namespace) -> dict | None:
             cfg = setup(args)
             trainer = trainer_class(cfg)(cfg)
         trainer.resume_or_load(resume=args.resume)
-    comm.synchronize()  # all have read the weights, which may be among what is moved now
-    new = Path(cfg.OUTPUT_DIR, NEW_CONFIG)
-    if comm.is_main_process() and new.is_file():
-        if not args.resume:
-            set_aside(new.parent)
-        new.replace(new.with_name("config.yaml"))
+        comm.synchronize()  # all have read the weights, which may be among what is moved now
+        new = Path(cfg.OUTPUT_DIR, NEW_CONFIG)
+        if comm.is_main_process() and new.is_file():
+            if not args.resume:
+                set_aside(new.parent)
+            new.replace(new.with_name("config.yaml"))
     return trainer.train()
 
 

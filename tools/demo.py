@@ -49,8 +49,8 @@ def train(config: Path, opts: list[str]) -> None:
     if "OUTPUT_DIR" in opts:  # one folder for both parts would mix them
         output = output / config.stem
         opts = [*opts, "OUTPUT_DIR", str(output)]
-    for old in (output / "metrics.json", *output.glob("events.out.tfevents.*")):
-        old.unlink(missing_ok=True)  # Detectron2 would append a second run to them
+    for old in output.glob("events.out.tfevents.*"):
+        old.unlink()  # TensorBoard would draw a second run into the first one's curves
     command = ["train_net.py", "--config-file", str(config.relative_to(ROOT)), *opts]
     print("Training:", " ".join(["python", *command]), flush=True)
     subprocess.run([sys.executable, *command], cwd=ROOT, check=True)

@@ -9,7 +9,6 @@ from .coco_values import is_area, is_polygon
 from .masks import read_rle
 from .report import Findings
 
-MALFORMED = "segmentations that are neither lists of lists of finite numbers nor sound RLE"
 # COCO's metrics keep ids as floating-point numbers.
 _LARGEST_ID = 2**53
 
@@ -81,7 +80,8 @@ def check_segmentations(
             malformed.append(a)
         elif any(len(polygon) < 6 or len(polygon) % 2 for polygon in outline):
             short.append(a)
-    found = {MALFORMED: malformed}
+    kind = "segmentations that are neither lists of lists of finite numbers nor sound RLE"
+    found = {kind: malformed}
     if masks:
         found["objects without 'segmentation', which MODEL.MASK_ON needs"] = [
             a for a in annotations if not a.get("segmentation")

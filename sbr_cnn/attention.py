@@ -56,11 +56,10 @@ class NonLocal2d(nn.Module):
         convs = (self.theta, self.phi, self.g)
         weight, bias = (torch.cat([getattr(c, name) for c in convs]) for name in ("weight", "bias"))
         embedded = roi_conv2d(x, weight, bias, self.theta.padding)
-        # One attention head over the H*W positions: (R, 1, H*W, D), laid out for fused kernels.
-        query, key, value = (
-            part.flatten(2).transpose(1, 2).unsqueeze(1).contiguous()
-            for part in embedded.chunk(3, dim=1)
-        )
+        # One attention head over the H*W positions, (R, 1, H*W, D); fused kernels want D innermost.
+        embedded = embedded.contiguous(memory_format=torch.channels_last)
+        parts = embedded.permute(0, 2, 3, 1).flatten(1, 2).unsqueeze(1)
+        query, key, value = parts.chunk(3, dim=3)
         attended = F.scaled_dot_product_attention(query, key, value)
         attended = attended.squeeze(1).transpose(1, 2).unflatten(2, (height, width))
         return x + self.conv_out(attended)

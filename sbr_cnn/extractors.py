@@ -18,11 +18,19 @@ from torchvision.ops import roi_align
 
 from .attention import NonLocal2d, RelativePositionAttention
 from .roi_align import bag_roi_align
-from .roi_convs import conv_relu, rectangular_pair
+from .roi_convs import conv_relu, has_cpu_path, rectangular_pair
 
 EXTRACTORS = ("single", "random", "groie")
 MODULES = ("none", "conv", "rect", "non_local", "attention")
 AGGREGATES = ("sum", "concat")
+
+
+def select_maps(features: dict[str, Tensor], names: list[str]) -> list[Tensor]:
+    """The maps that extractors pool from; on the CPU in the memory format that is read fastest."""
+    maps = [features[name] for name in names]
+    return [
+        m.contiguous(memory_format=torch.channels_last) if has_cpu_path(m) else m for m in maps
+    ]
 
 
 class RoIExtractor(nn.Module):
@@ -51,7 +59,8 @@ class RoIExtractor(nn.Module):
         coordinate is off by up to 4 pixels at 1000.
         """
         autocast = torch.is_autocast_enabled(feature.device.type)
-        arguments = (
+        align = bag_roi_align if has_cpu_path(feature) else roi_align
+        return align(
             feature,
             rois if autocast else rois.to(feature.dtype),
             self.output_size,
@@ -59,9 +68,6 @@ class RoIExtractor(nn.Module):
             self.sampling_ratio,
             self.aligned,
         )
-        slow_backward = feature.device.type == "cpu" and feature.requires_grad
-        exact = feature.dtype == torch.float32 and not autocast and self.sampling_ratio > 0
-        return bag_roi_align(*arguments) if slow_backward and exact else roi_align(*arguments)
 
 
 class SingleLevelExtractor(RoIExtractor):

@@ -59,8 +59,8 @@ def build_fcc_layers(
         ]
     else:
         convs = [*rectangular_pair(channels, half, half), *rectangular_pair(half, quarter, quarter)]
-    before = [NonLocal2d(channels, KERNEL), nn.ReLU()] if non_local_before else []
-    after = [NonLocal2d(quarter, KERNEL), nn.ReLU()] if non_local_after else []
+    before = [NonLocal2d(channels, KERNEL), nn.ReLU(inplace=True)] if non_local_before else []
+    after = [NonLocal2d(quarter, KERNEL), nn.ReLU(inplace=True)] if non_local_after else []
     return nn.Sequential(*before, *convs, *after)
 
 

@@ -20,6 +20,7 @@ from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
+from .extractors import select_maps
 from .head_pair import HeadPair
 from .mask_heads import train_masks
 from .mask_iou import MaskIoUHead, build_mask_iou_head
@@ -156,7 +157,7 @@ class LoopROIHeads(ROIHeads):
         targets: list[Instances] | None = None,
     ) -> tuple[list[Instances], dict[str, Tensor]]:
         """See Detectron2's ``ROIHeads.forward``; losses carry the suffix ``_loop{t}``."""
-        maps = [features[name] for name in self.in_features]
+        maps = select_maps(features, self.in_features)
         if self.training:
             if targets is None:
                 raise ValueError("LoopROIHeads needs targets in training")
@@ -167,7 +168,7 @@ class LoopROIHeads(ROIHeads):
         self, features: dict[str, Tensor], instances: list[Instances]
     ) -> list[Instances]:
         """Masks for given ``pred_boxes`` and ``pred_classes``; see ``StandardROIHeads``."""
-        return self._detect_masks([features[name] for name in self.in_features], instances)
+        return self._detect_masks(select_maps(features, self.in_features), instances)
 
     # ---- training ----
 

@@ -1,15 +1,19 @@
-"""RoIAlign as a weighted sum of pixel vectors, for training on the CPU.
+"""RoIAlign as a weighted sum of pixel vectors, for the CPU.
 
-torchvision's operator is single-threaded in its backward pass on the CPU, where it costs a sixth
-of a training step and, with four levels per box (GRoIE, thesis section 2.1), more. The same
-sums as an embedding bag over the pixels run on all cores, along the channels.
+torchvision's operator gathers the numbers of every channel one by one, and its backward pass is
+single-threaded. The same sums as an embedding bag over the pixels run along the channels, on all
+cores: forward three to four times faster, backward more (docs/benchmarks.md).
 
-Shape shorthand: N images, R boxes, C channels, S the pooled side, P = S * samples per axis.
+Shape shorthand: N images, R boxes, C channels, S the pooled side, n samples of a bin along an axis.
 """
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torchvision.ops import roi_align
+
+# Terms of all the sums, 12 bytes each; above, torchvision's operator, which stores none.
+MAX_TERMS = 2**24
 
 
 def bag_roi_align(
@@ -23,35 +27,56 @@ def bag_roi_align(
     """What ``torchvision.ops.roi_align`` gives, to fp32 rounding.
 
     Args:
-        feature: (N, C, H, W) fp32.
+        feature: (N, C, H, W) fp32; fastest where the channels are innermost in memory.
         rois: (R, 5): index of the image, x1, y1, x2, y2 in the image's pixels; no gradient.
         output_size: S.
         spatial_scale: feature pixels per image pixel.
-        sampling_ratio: samples per bin and axis, at least 1.
+        sampling_ratio: n; 0: as many as the bin has pixels, rounded up.
         aligned: shift by half a pixel; without it boxes are at least one feature pixel.
 
     Returns:
-        (R, C, S, S).
+        (R, C, S, S), its channels innermost in memory.
     """
     images, channels, height, width = feature.shape
-    corners = rois[:, 1:] * spatial_scale - (0.5 if aligned else 0.0)
-    x1, y1, x2, y2 = corners.unbind(1)
-    box_height, box_width = y2 - y1, x2 - x1
-    if not aligned:
-        box_height, box_width = box_height.clamp(min=1), box_width.clamp(min=1)
-    rows, row_weights = _samples(y1, box_height, output_size, sampling_ratio, height)
-    cols, col_weights = _samples(x1, box_width, output_size, sampling_ratio, width)
-    rows = rows + (rois[:, 0].long() * height)[:, None, None]
-    # Every row of a bin with every column of it: (R, S, 1, 2 n, 1) and (R, 1, S, 1, 2 n).
-    pixels = rows[:, :, None, :, None] * width + cols[:, None, :, None, :]
-    weights = row_weights[:, :, None, :, None] * col_weights[:, None, :, None, :]
+    start, end = (rois[:, 1:] * spatial_scale - (0.5 if aligned else 0.0)).split(2, dim=1)
+    extent = end - start if aligned else (end - start).clamp(min=1)
+    if sampling_ratio > 0:
+        per_bin = torch.full_like(extent, sampling_ratio)
+    else:
+        per_bin = (extent / output_size).ceil().clamp(min=0)
+    terms = (2 * output_size * per_bin).prod(dim=1).sum().item()
+    if not 0 < terms <= MAX_TERMS:
+        return roi_align(feature, rois, output_size, spatial_scale, sampling_ratio, aligned)
+    # Boxes with the same n along x and y together.
+    kinds, kind_of_box = per_bin.unique(dim=0, return_inverse=True)
+    order = kind_of_box.argsort(stable=True)
+    counts = kind_of_box.bincount().tolist()
+    pixels, weights, lengths = [], [], []
+    for index, (per_col, per_row) in zip(order.split(counts), kinds.int().tolist(), strict=True):
+        (x, y), (box_width, box_height) = start[index].unbind(1), extent[index].unbind(1)
+        rows, row_weights = _samples(y, box_height, output_size, per_row, height)
+        cols, col_weights = _samples(x, box_width, output_size, per_col, width)
+        rows = rows + (rois[index, 0].long() * height)[:, None, None]
+        # Every row of a bin with every column of it: (R, S, 1, 2 n, 1) and (R, 1, S, 1, 2 n).
+        pixels.append((rows[:, :, None, :, None] * width + cols[:, None, :, None, :]).flatten())
+        weights.append(
+            (row_weights[:, :, None, :, None] * col_weights[:, None, :, None, :]).flatten()
+        )
+        lengths.append(start.new_full((len(index) * output_size**2,), 4 * per_row * per_col))
+    offsets = torch.cat(lengths).long().cumsum(0)
     pooled = F.embedding_bag(
-        pixels.flatten(3).flatten(0, 2),
-        feature.permute(0, 2, 3, 1).reshape(images * height * width, channels),
-        per_sample_weights=weights.flatten(3).flatten(0, 2),
+        torch.cat(pixels),
+        # Not `reshape` alone: with one image it gives a view whose vectors lie scattered.
+        feature.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1).flatten(0, 2),
+        F.pad(offsets, (1, 0)),
+        per_sample_weights=torch.cat(weights),
         mode="sum",
+        include_last_offset=True,
     )
-    return pooled.view(len(rois), output_size, output_size, channels).permute(0, 3, 1, 2)
+    pooled = pooled.view(len(rois), output_size, output_size, channels)
+    if len(kinds) > 1:
+        pooled = pooled[order.argsort()]
+    return pooled.permute(0, 3, 1, 2)
 
 
 def _samples(
@@ -62,12 +87,12 @@ def _samples(
     Args:
         start, extent: (R,) of the boxes, in feature pixels.
         bins: S.
-        per_bin: samples in a bin, evenly spaced.
+        per_bin: n, evenly spaced.
         size: of the feature map along the axis.
 
     Returns:
-        (R, S, 2 * per_bin) pixel indices and weights; the weights of a bin add up to 1, less
-        what lies more than a pixel outside the map.
+        (R, S, 2 n) pixel indices and weights; the weights of a bin add up to 1, less what lies
+        more than a pixel outside the map.
     """
     number = torch.arange(bins * per_bin, device=start.device)
     position = start[:, None] + (number + 0.5) * (extent[:, None] / (bins * per_bin))
@@ -78,4 +103,5 @@ def _samples(
     low = low.long()
     pixels = torch.stack([low, (low + 1).clamp(max=size - 1)], dim=2)
     weights = torch.stack([1 - upper_share, upper_share], dim=2) * inside[:, :, None] / per_bin
-    return pixels.view(-1, bins, 2 * per_bin), weights.view(-1, bins, 2 * per_bin)
+    shape = (len(start), bins, 2 * per_bin)
+    return pixels.view(shape), weights.view(shape)

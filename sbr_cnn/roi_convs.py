@@ -14,14 +14,21 @@ from .fourier import fourier_conv2d, fourier_gain
 MIN_GAIN = 2.0
 
 
+def has_cpu_path(x: Tensor) -> bool:
+    """Whether the operators for fp32 on the CPU (``fourier``, ``roi_align``) take ``x``.
+
+    What records operators (tracing, counting them, compiling) gets those that it knows.
+    """
+    recorded = torch.jit.is_tracing() or torch.compiler.is_compiling()
+    autocast = torch.is_autocast_enabled("cpu")
+    return x.device.type == "cpu" and x.dtype == torch.float32 and not (autocast or recorded)
+
+
 def roi_conv2d(x: Tensor, weight: Tensor, bias: Tensor, padding: tuple[int, int]) -> Tensor:
     """``F.conv2d`` with stride 1; in fp32 on the CPU over frequencies where that is faster."""
-    direct = x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
-    # What records operators (tracing, counting them, compiling) gets the one that it knows.
-    direct = direct or torch.jit.is_tracing() or torch.compiler.is_compiling()
-    if direct or fourier_gain(x, weight, padding) < MIN_GAIN:
-        return F.conv2d(x, weight, bias, padding=padding)
-    return fourier_conv2d(x, weight, padding) + bias[:, None, None]
+    if has_cpu_path(x) and fourier_gain(x, weight, padding) >= MIN_GAIN:
+        return fourier_conv2d(x, weight, bias, padding)
+    return F.conv2d(x, weight, bias, padding=padding)
 
 
 class RoIConv2d(nn.Conv2d):
@@ -40,7 +47,7 @@ def conv_relu(
         padding = kernel // 2
     conv = RoIConv2d(channels, out, kernel, padding=padding)
     c2_msra_fill(conv)
-    return nn.Sequential(conv, nn.ReLU())
+    return nn.Sequential(conv, nn.ReLU(inplace=True))
 
 
 def rectangular_pair(channels: int, middle: int, out: int) -> list[nn.Sequential]:

@@ -34,28 +34,30 @@ def assert_same(outputs, references) -> None:
 def test_equals_conv2d(size, kernel, padding, maps):
     x = torch.randn(maps, 6, *size, requires_grad=True)
     weight = torch.randn(10, 6, *kernel, requires_grad=True)
-    reference = F.conv2d(x, weight, padding=padding)
-    output = fourier_conv2d(x, weight, padding)
+    bias = torch.randn(10, requires_grad=True)
+    reference = F.conv2d(x, weight, bias, padding=padding)
+    output = fourier_conv2d(x, weight, bias, padding)
     assert output.shape == reference.shape
     assert_same([output], [reference])
     noise = torch.randn_like(reference)
     assert_same(
-        torch.autograd.grad(output, [x, weight], noise),
-        torch.autograd.grad(reference, [x, weight], noise),
+        torch.autograd.grad(output, [x, weight, bias], noise),
+        torch.autograd.grad(reference, [x, weight, bias], noise),
     )
 
 
 def test_chunks_do_not_show(monkeypatch):
-    x, weight = torch.randn(7, 4, 7, 7), torch.randn(4, 4, 7, 7)
-    whole = fourier_conv2d(x, weight, (3, 3))
+    x, weight, bias = torch.randn(7, 4, 7, 7), torch.randn(4, 4, 7, 7), torch.randn(4)
+    whole = fourier_conv2d(x, weight, bias, (3, 3))
     monkeypatch.setattr(fourier, "CHUNK", 3)
-    torch.testing.assert_close(fourier_conv2d(x, weight, (3, 3)), whole)
+    torch.testing.assert_close(fourier_conv2d(x, weight, bias, (3, 3)), whole)
 
 
 def test_strided_input_and_gradient():
     x = torch.randn(4, 7, 7, 6).permute(0, 3, 1, 2).requires_grad_()
     weight = torch.randn(6, 5, 7, 7).transpose(0, 1).requires_grad_()
-    output, reference = fourier_conv2d(x, weight, (3, 3)), F.conv2d(x, weight, padding=3)
+    output = fourier_conv2d(x, weight, torch.zeros(5), (3, 3))
+    reference = F.conv2d(x, weight, padding=3)
     noise = torch.randn(4, 7, 7, 5).permute(0, 3, 1, 2)
     assert_same([output], [reference])
     assert_same(
@@ -65,27 +67,28 @@ def test_strided_input_and_gradient():
 
 
 def test_only_what_needs_a_gradient_gets_one():
-    x, weight = torch.randn(2, 4, 7, 7), torch.randn(4, 4, 7, 7)
-    fourier_conv2d(x, weight.requires_grad_(), (3, 3)).sum().backward()
-    assert x.grad is None and weight.grad is not None
-    assert not fourier_conv2d(x, weight.detach(), (3, 3)).requires_grad
+    x, weight, bias = torch.randn(2, 4, 7, 7), torch.randn(4, 4, 7, 7), torch.randn(4)
+    fourier_conv2d(x, weight.requires_grad_(), bias, (3, 3)).sum().backward()
+    assert x.grad is None and weight.grad is not None and bias.grad is None
+    assert not fourier_conv2d(x, weight.detach(), bias, (3, 3)).requires_grad
 
 
 def test_no_maps():
     x = torch.zeros(0, 4, 7, 7, requires_grad=True)
     weight = torch.randn(6, 4, 7, 7, requires_grad=True)
-    output = fourier_conv2d(x, weight, (3, 3))
+    output = fourier_conv2d(x, weight, torch.randn(6), (3, 3))
     assert output.shape == (0, 6, 7, 7)
     output.sum().backward()
     assert not weight.grad.any() and x.grad.shape == x.shape
 
 
 def test_gain_of_a_7x7_kernel():
-    # Direct: 49 * 49 multiplications a channel pair. Over 10 * 6 frequencies: 240, and to get
-    # there and back 120 * 49 for every channel of either side (and of the kernel, per map).
+    # Direct: 49 * 49 multiplications a channel pair. Over 10 * 10 frequencies, of which 4 are real
+    # and 48 pairs conjugate: 4 + 48 * 4, and to get there and back 100 * 49 for every channel of
+    # either side (and of the kernel, per map).
     x, weight = torch.empty(1000, 256, 7, 7), torch.empty(256, 256, 7, 7)
-    transforms = 120 * 49 * (1 / 256 + 1 / 256 + 1 / 1000)
-    expected = 2401 / (240 + transforms)
+    transforms = 100 * 49 * (1 / 256 + 1 / 256 + 1 / 1000)
+    expected = 2401 / (4 + 48 * 4 + transforms)
     assert fourier_gain(x, weight, (3, 3)) == pytest.approx(expected)
 
 
@@ -122,8 +125,9 @@ def test_what_records_operators_sees_a_convolution():
 def test_the_matrices_do_not_remember_a_default_device():
     x, weight = torch.randn(2, 4, 11, 5), torch.randn(4, 4, 3, 3)  # a shape of its own
     with torch.device("meta"):
-        fourier_conv2d(x, weight, (1, 1))
-    assert_same([fourier_conv2d(x, weight, (1, 1))], [F.conv2d(x, weight, padding=1)])
+        fourier_conv2d(x, weight, torch.zeros(4), (1, 1))
+    output = fourier_conv2d(x, weight, torch.zeros(4), (1, 1))
+    assert_same([output], [F.conv2d(x, weight, padding=1)])
 
 
 @pytest.mark.gpu

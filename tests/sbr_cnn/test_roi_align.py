@@ -5,6 +5,7 @@ import torch
 from torchvision.ops import roi_align
 
 from sbr_cnn import extractors
+from sbr_cnn import roi_align as roi_align_module
 from sbr_cnn.roi_align import bag_roi_align
 
 HEIGHT, WIDTH = 12, 16  # of the map, at stride 8
@@ -27,7 +28,7 @@ ROIS = torch.tensor(
 
 
 @pytest.mark.parametrize("aligned", [True, False])
-@pytest.mark.parametrize("sampling_ratio", [1, 2, 3])
+@pytest.mark.parametrize("sampling_ratio", [0, 1, 2, 3])
 @pytest.mark.parametrize("side", [7, 14])
 def test_equals_torchvision(aligned, sampling_ratio, side):
     feature = torch.randn(2, 5, HEIGHT, WIDTH, requires_grad=True)
@@ -59,17 +60,24 @@ def test_no_boxes_stay_in_the_graph():
     assert feature.grad.shape == feature.shape and not feature.grad.any()
 
 
-@pytest.mark.parametrize(
-    ("training", "ratio", "autocast", "used"),
-    [
-        (True, 2, False, True),
-        (False, 2, False, False),  # nothing to propagate: torchvision's forward is as fast
-        (True, 0, False, False),  # as many samples as pixels: only torchvision's
-        (True, 2, True, False),
-    ],
-)
-def test_extractors_use_it_where_it_is_faster(
-    training, ratio, autocast, used, make_extractor, make_boxes, monkeypatch
+def test_too_many_terms_go_to_torchvision(monkeypatch):
+    feature = torch.randn(2, 4, HEIGHT, WIDTH)
+    arguments = (feature, ROIS, 7, 1 / 8, 0, True)
+    # Whole map in 7 x 7 bins: 3 x 2 samples of 4 neighbours each, 49 * 24 terms; that box alone.
+    alone = (feature, ROIS[8:9], *arguments[2:])
+    monkeypatch.setattr(roi_align_module, "MAX_TERMS", 49 * 24)
+    monkeypatch.setattr(roi_align_module, "roi_align", lambda *args: "torchvision")
+    assert bag_roi_align(*arguments) == "torchvision"
+    torch.testing.assert_close(bag_roi_align(*alone), roi_align(*alone), rtol=1e-4, atol=1e-5)
+    monkeypatch.setattr(roi_align_module, "MAX_TERMS", 49 * 24 - 1)
+    assert bag_roi_align(*alone) == "torchvision"
+
+
+@pytest.mark.parametrize("ratio", [0, 2])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("autocast", [True, False])
+def test_extractors_use_it_in_fp32(
+    training, ratio, autocast, make_extractor, make_boxes, monkeypatch
 ):
     calls = []
     monkeypatch.setattr(
@@ -79,4 +87,13 @@ def test_extractors_use_it_where_it_is_faster(
     maps = [torch.randn(1, 8, 32 // 2**i, 32 // 2**i, requires_grad=training) for i in range(4)]
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         extractor(maps, [make_boxes(9, (128, 128))])
-    assert bool(calls) == used
+    assert len(calls) == (0 if autocast else 4)
+
+
+def test_what_records_operators_sees_torchvisions(make_extractor, make_boxes):
+    extractor = make_extractor("single")
+    maps = [torch.randn(1, 8, 32 // 2**i, 32 // 2**i) for i in range(4)]
+    boxes = make_boxes(9, (128, 128))
+    traced = torch.jit.trace(lambda *maps: extractor(list(maps), [boxes]), maps)
+    assert "torchvision::roi_align" in str(traced.inlined_graph)
+    assert "embedding_bag" not in str(traced.inlined_graph)

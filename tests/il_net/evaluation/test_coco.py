@@ -1,5 +1,6 @@
 """COCO metrics on hand-made pictures whose precision can be worked out on paper."""
 
+import copy
 import json
 import logging
 import math
@@ -14,9 +15,13 @@ pytest.importorskip("detectron2")
 import torch
 from detectron2.data import MetadataCatalog
 from detectron2.structures import Boxes, Instances
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from pycocotools.mask import encode, frPyObjects
 
 from il_net.config import load_config
 from il_net.data.datasets import register_datasets
+from il_net.evaluation import coco
 from il_net.evaluation.build import build_evaluator
 from il_net.evaluation.coco import COCOEvaluator
 
@@ -343,6 +348,104 @@ def test_small_medium_large_follow_the_masks_area(tmp_path):
     results = evaluator.evaluate()
     assert results["bbox"]["APm"] == pytest.approx(100)
     assert results["segm"]["APm"] == pytest.approx(50)
+
+
+@pytest.fixture(scope="module")
+def messy_truth(tmp_path_factory) -> tuple[Path, list[dict]]:
+    """A COCO file of 40 pictures, and predictions for it as COCO results.
+
+    Crowds (RLE), a picture and a class without truth, a class without predictions, equal scores,
+    exact duplicates, boxes out of the picture, 130 predictions in one picture.
+    """
+    random = np.random.default_rng(3)
+
+    def box(largest: float) -> list[float]:
+        x, y, w, h = random.uniform(size=4) * [SIDE, SIDE, largest, largest]
+        return [round(float(v), 2) for v in (x, y, w + 2, h + 2)]
+
+    truths, found = [], []
+    for image in range(1, 41):
+        for _ in range(0 if image == 7 else random.integers(1, 9)):
+            mark = box(120 if image % 2 else 20)
+            truth = {"image_id": image, "category_id": int(random.integers(1, 5)), "iscrowd": 0}
+            truth |= {"bbox": mark, "area": mark[2] * mark[3], "segmentation": rectangle(*mark)}
+            if random.uniform() < 0.15:
+                mask = np.zeros((SIDE, SIDE), dtype=np.uint8, order="F")
+                x, y, w, h = map(int, mark)
+                mask[y : y + h, x : x + w] = 1
+                rle = encode(mask)
+                truth["segmentation"] = {"size": rle["size"], "counts": rle["counts"].decode()}
+                truth["iscrowd"] = 1
+            truths.append({"id": len(truths) + 1, **truth})
+            for _ in range(random.integers(0, 4)):  # near it, some with a score that others have
+                near = [float(v) for v in np.array(mark) + random.normal(size=4) * 2]
+                near[2:] = [max(v, 1.0) for v in near[2:]]
+                score = round(float(random.uniform()), 1)
+                found.append((image, truth["category_id"], near, score))
+    found += [(3, 2, box(60), float(score)) for score in random.uniform(size=130)]
+    found += found[:20]
+    found = [f for f in found if f[1] != 4] + [(1, 5, box(60), 0.5)]
+    data = {
+        "images": [
+            {"id": i, "file_name": f"{i}.jpg", "width": SIDE, "height": SIDE} for i in range(1, 41)
+        ],
+        "annotations": truths,
+        "categories": [{"id": c, "name": f"class {c}"} for c in range(1, 6)],
+    }
+    path = tmp_path_factory.mktemp("messy") / "truth.json"
+    path.write_text(json.dumps(data))
+    results = [
+        {"image_id": i, "category_id": c, "bbox": b, "score": s, "segmentation": rle_of(b)}
+        for i, c, b, s in found
+    ]
+    return path, results
+
+
+def rle_of(box: list[float]) -> dict:
+    rle = frPyObjects(rectangle(*box), SIDE, SIDE)[0]
+    return {"size": rle["size"], "counts": rle["counts"].decode()}
+
+
+@pytest.mark.parametrize("images", [None, [3, 7, *range(20, 35)]], ids=["all", "some"])
+@pytest.mark.parametrize("task", ["bbox", "segm"])
+def test_faster_coco_eval_gives_what_pycocotools_gives(task, images, messy_truth):
+    fast = pytest.importorskip("faster_coco_eval").COCOeval_faster
+    path, results = messy_truth
+    truth = COCO(str(path))
+    scored = []
+    for scoring in (COCOeval, fast):
+        # As Detectron2 calls it: without boxes, so that masks have the size of their area.
+        kept = ("image_id", "category_id", "score", "bbox" if task == "bbox" else "segmentation")
+        given = [{key: copy.deepcopy(result[key]) for key in kept} for result in results]
+        scored.append(scoring(truth, truth.loadRes(given), task))
+        if images is not None:
+            scored[-1].params.imgIds = images
+        scored[-1].evaluate()
+        scored[-1].accumulate()
+        scored[-1].summarize()
+    slow, fast = scored
+    assert 0.05 < slow.stats[0] < 0.95  # neither trivial nor perfect
+    np.testing.assert_allclose(fast.stats[:12], slow.stats, rtol=0, atol=1e-6)
+    for name in ("precision", "recall", "scores"):
+        assert fast.eval[name].shape == slow.eval[name].shape
+        np.testing.assert_allclose(fast.eval[name], slow.eval[name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_which_of_them_scores(installed, tmp_path, monkeypatch):
+    fast = pytest.importorskip("faster_coco_eval").COCOeval_faster
+    used = []
+    for scoring in (COCOeval, fast):
+        evaluate = scoring.evaluate
+        monkeypatch.setattr(
+            scoring, "evaluate", lambda self, run=evaluate: used.append(type(self)) or run(self)
+        )
+    if not installed:
+        monkeypatch.setattr(coco, "COCOeval_faster", None)
+    evaluator = make_evaluator(tmp_path)
+    process(evaluator, 1, [(0, LEAF, 0.9)], None)
+    assert evaluator.evaluate()["bbox"]["AP"] == pytest.approx(100)
+    assert used == [fast if installed else COCOeval] * 2  # boxes, masks
 
 
 def test_an_evaluator_may_be_used_again(tmp_path):

@@ -2,7 +2,7 @@
 
 torchvision's operator gathers the numbers of every channel one by one, and its backward pass is
 single-threaded. The same sums as an embedding bag over the pixels run along the channels, on all
-cores: forward three to four times faster, backward more (docs/benchmarks.md).
+cores, in a third of the time or less (docs/benchmarks.md).
 
 Shape shorthand: N images, R boxes, C channels, S the pooled side, n samples of a bin along an axis.
 """
@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import roi_align
 
-# Terms of all the sums, 12 bytes each; above, torchvision's operator, which stores none.
-MAX_TERMS = 2**24
+# Terms of all the sums: 12 bytes each until the backward pass, 52 at its peak (0.4 GiB). With more
+# torchvision's operator, which stores none.
+MAX_TERMS = 2**23
 
 
 def bag_roi_align(
@@ -28,7 +29,7 @@ def bag_roi_align(
 
     Args:
         feature: (N, C, H, W) fp32; fastest where the channels are innermost in memory.
-        rois: (R, 5): index of the image, x1, y1, x2, y2 in the image's pixels; no gradient.
+        rois: (R, 5): index of the image, x1, y1, x2, y2 in the image's pixels; get no gradient.
         output_size: S.
         spatial_scale: feature pixels per image pixel.
         sampling_ratio: n; 0: as many as the bin has pixels, rounded up.
@@ -38,6 +39,7 @@ def bag_roi_align(
         (R, C, S, S), its channels innermost in memory.
     """
     images, channels, height, width = feature.shape
+    rois = rois.detach()
     start, end = (rois[:, 1:] * spatial_scale - (0.5 if aligned else 0.0)).split(2, dim=1)
     extent = end - start if aligned else (end - start).clamp(min=1)
     if sampling_ratio > 0:

@@ -17,7 +17,7 @@ MIN_GAIN = 2.0
 def has_cpu_path(x: Tensor) -> bool:
     """Whether the operators for fp32 on the CPU (``fourier``, ``roi_align``) take ``x``.
 
-    What records operators (tracing, counting them, compiling) gets those that it knows.
+    What records operators (tracing, exporting, compiling) gets those that it knows.
     """
     recorded = torch.jit.is_tracing() or torch.compiler.is_compiling()
     autocast = torch.is_autocast_enabled("cpu")

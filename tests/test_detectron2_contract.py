@@ -18,7 +18,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import Metadata, MetadataCatalog
 from detectron2.engine import DefaultTrainer, SimpleTrainer
-from detectron2.evaluation import COCOEvaluator
+from detectron2.evaluation import COCOEvaluator, coco_evaluation
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.matcher import Matcher
@@ -166,6 +166,12 @@ def test_class_methods_are_class_methods():
 def test_coco_evaluator_can_use_plain_pycocotools():
     assert "use_fast_impl" in parameters(COCOEvaluator.__init__)
     assert {"output_dir", "tasks"} <= set(parameters(COCOEvaluator.__init__))
+
+
+def test_coco_evaluators_fast_scoring_has_the_name_that_we_replace():
+    assert callable(coco_evaluation.COCOeval_opt)
+    source = inspect.getsource(coco_evaluation._evaluate_predictions_on_coco)
+    assert "COCOeval_opt if use_fast_impl else COCOeval" in source
 
 
 def test_gradient_clipping_keys_are_those_we_read():

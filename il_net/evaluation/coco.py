@@ -7,21 +7,16 @@ score.
 import json
 import logging
 import math
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 from detectron2 import evaluation
-from detectron2.evaluation import coco_evaluation
 from detectron2.utils import comm
 from pycocotools.coco import COCO
 from tabulate import tabulate
 
-try:
-    from faster_coco_eval import COCOeval_faster
-except ImportError:
-    COCOeval_faster = None
-else:  # in the place of Detectron2's own compiled scoring
-    coco_evaluation.COCOeval_opt = COCOeval_faster
+from .scoring import fast_scoring, fits_fast_scoring
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +24,7 @@ logger = logging.getLogger(__name__)
 class COCOEvaluator(evaluation.COCOEvaluator):
     """Detectron2's evaluator, with ``AP-<class>`` and ``AP50-<class>`` results.
 
-    Scored by faster-coco-eval where it is installed, otherwise by pycocotools: the same numbers.
+    Scored by faster-coco-eval where it is installed and equals pycocotools, otherwise by that.
 
     Differs from Detectron2's: works without its compiled operators, and the file under test may
     lack classes that the model knows (they are left out of the table and of the mean). Instances
@@ -48,8 +43,7 @@ class COCOEvaluator(evaluation.COCOEvaluator):
     """
 
     def __init__(self, dataset_name: str, *, output_dir: str) -> None:
-        fast = COCOeval_faster is not None
-        super().__init__(dataset_name, output_dir=output_dir, use_fast_impl=fast)
+        super().__init__(dataset_name, output_dir=output_dir, use_fast_impl=False)
 
     @property
     def truth(self) -> COCO:
@@ -84,10 +78,17 @@ class COCOEvaluator(evaluation.COCOEvaluator):
         return results
 
     def _eval_predictions(self, predictions: list[dict], img_ids: list[int] | None = None) -> None:
+        records = [record for image in predictions for record in image["instances"]]
+        self._use_fast_impl = fits_fast_scoring(self.truth, records)
+        with fast_scoring() if self._use_fast_impl else nullcontext():
+            self._score(predictions, records, img_ids)
+
+    def _score(
+        self, predictions: list[dict], records: list[dict], img_ids: list[int] | None
+    ) -> None:
         written = Path(self._output_dir, "coco_instances_results.json")
         for_masks = written.with_name("coco_instances_results_segm.json")
         for_masks.unlink(missing_ok=True)  # of an earlier evaluation
-        records = [record for image in predictions for record in image["instances"]]
         if not any("mask_score" in record for record in records):
             super()._eval_predictions(predictions, img_ids)
             return

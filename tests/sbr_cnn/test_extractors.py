@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torchvision.ops import roi_align
 
 from sbr_cnn.attention import NonLocal2d, RelativePositionAttention
-from sbr_cnn.extractors import GenericRoIExtractor
+from sbr_cnn.extractors import GenericRoIExtractor, select_maps
 
 STRIDES = (4, 8, 16, 32)
 NONE = ("none", 1)
@@ -159,6 +159,15 @@ def test_single_is_detectron2s_pooler(ratio, kind, make_extractor, maps, boxes):
     assert extractor.assign_levels([squares]).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     out, expected = extractor(maps, mixed), pooler(maps, mixed)
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_selected_maps_have_their_channels_innermost():
+    features = {name: torch.randn(2, 8, 6, 4) for name in ("p2", "p3", "p4")}
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # torchvision's operator follows
+        assert all(m.is_contiguous() for m in select_maps(features, ["p2", "p3"]))
+    maps = select_maps(features, ["p4", "p2"])
+    assert all(m.is_contiguous(memory_format=torch.channels_last) for m in maps)
+    assert torch.equal(maps[0], features["p4"]) and torch.equal(maps[1], features["p2"])
 
 
 def test_random_takes_one_level_per_box_anew_in_every_call(make_extractor, make_boxes, maps):

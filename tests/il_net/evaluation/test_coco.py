@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ pytest.importorskip("detectron2")
 
 import torch
 from detectron2.data import MetadataCatalog
+from detectron2.evaluation import coco_evaluation
 from detectron2.structures import Boxes, Instances
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -21,7 +23,7 @@ from pycocotools.mask import encode, frPyObjects
 
 from il_net.config import load_config
 from il_net.data.datasets import register_datasets
-from il_net.evaluation import coco
+from il_net.evaluation import scoring
 from il_net.evaluation.build import build_evaluator
 from il_net.evaluation.coco import COCOEvaluator
 
@@ -411,13 +413,13 @@ def rle_of(box: list[float]) -> dict:
 def test_faster_coco_eval_gives_what_pycocotools_gives(task, images, messy_truth):
     fast = pytest.importorskip("faster_coco_eval").COCOeval_faster
     path, results = messy_truth
-    truth = COCO(str(path))
     scored = []
-    for scoring in (COCOeval, fast):
+    for kind in (COCOeval, fast):
         # As Detectron2 calls it: without boxes, so that masks have the size of their area.
         kept = ("image_id", "category_id", "score", "bbox" if task == "bbox" else "segmentation")
+        truth = COCO(str(path))  # anew, for pycocotools turns its polygons into RLE
         given = [{key: copy.deepcopy(result[key]) for key in kept} for result in results]
-        scored.append(scoring(truth, truth.loadRes(given), task))
+        scored.append(kind(truth, truth.loadRes(given), task))
         if images is not None:
             scored[-1].params.imgIds = images
         scored[-1].evaluate()
@@ -431,21 +433,68 @@ def test_faster_coco_eval_gives_what_pycocotools_gives(task, images, messy_truth
         np.testing.assert_allclose(fast.eval[name], slow.eval[name], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("installed", [True, False])
-def test_which_of_them_scores(installed, tmp_path, monkeypatch):
+@pytest.fixture
+def used_scorings(monkeypatch) -> list[type]:
+    """The class of every scoring that was run."""
     fast = pytest.importorskip("faster_coco_eval").COCOeval_faster
     used = []
-    for scoring in (COCOeval, fast):
-        evaluate = scoring.evaluate
+    for kind in (COCOeval, fast):
+        evaluate = kind.evaluate
         monkeypatch.setattr(
-            scoring, "evaluate", lambda self, run=evaluate: used.append(type(self)) or run(self)
+            kind, "evaluate", lambda self, run=evaluate: used.append(type(self)) or run(self)
         )
+    return used
+
+
+def is_fast(used: list[type]) -> bool:
+    (kind,) = set(used)
+    return kind.__module__.startswith("faster_coco_eval")
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_which_package_scores(installed, tmp_path, monkeypatch, used_scorings, caplog):
     if not installed:
-        monkeypatch.setattr(coco, "COCOeval_faster", None)
+        monkeypatch.setattr(scoring, "COCOeval_faster", None)
     evaluator = make_evaluator(tmp_path)
     process(evaluator, 1, [(0, LEAF, 0.9)], None)
-    assert evaluator.evaluate()["bbox"]["AP"] == pytest.approx(100)
-    assert used == [fast if installed else COCOeval] * 2  # boxes, masks
+    before = coco_evaluation.COCOeval_opt
+    with caplog.at_level(logging.INFO, logger="il_net"):
+        assert evaluator.evaluate()["bbox"]["AP"] == pytest.approx(100)
+    assert len(used_scorings) == 2  # boxes, masks
+    assert is_fast(used_scorings) == installed
+    assert coco_evaluation.COCOeval_opt is before  # Detectron2's own evaluators keep theirs
+    # What pycocotools prints is in the log: six precisions and recalls of boxes, as many of masks.
+    lines = re.findall(r"Average (?:Precision|Recall) .*maxDets= *\d+ ] = [-\d.]+", caplog.text)
+    assert len([x for x in lines if "0.50:0.95" in x or "Prec" in x]) == (24 if installed else 0)
+
+
+@pytest.mark.parametrize(
+    ("image", "annotation", "fast"),
+    [
+        (0, 1, True),
+        (2**53, 2**53, True),
+        ("photo", 1, False),
+        (-4, 1, False),
+        (2**53 + 1, 1, False),
+        (4, -1, False),
+        (4, 2**53 + 1, False),
+    ],
+)
+def test_ids_that_faster_coco_eval_cannot_take(image, annotation, fast, tmp_path, used_scorings):
+    entry = write(tmp_path, "odd", {1: "leaf"}, {9: [(1, LEAF)]})
+    path = tmp_path / "odd.json"
+    data = json.loads(path.read_text())
+    data["images"][0]["id"] = data["annotations"][0]["image_id"] = image
+    data["annotations"][0]["id"] = annotation
+    path.write_text(json.dumps(data))
+    register(entry, train="odd", test="odd")
+    evaluator = COCOEvaluator("odd", output_dir=str(tmp_path / "out"))
+    evaluator.reset()
+    process(evaluator, image, [(0, LEAF, 0.9)], None)
+    results = evaluator.evaluate()
+    assert results["bbox"]["AP"] == pytest.approx(100)
+    assert results["segm"]["AP"] == pytest.approx(100)
+    assert is_fast(used_scorings) == fast
 
 
 def test_an_evaluator_may_be_used_again(tmp_path):

@@ -21,7 +21,7 @@ help: ## show this list
 
 setup: $(STAMP) ## create .venv with pinned torch, Detectron2 and this project
 
-demo: $(STAMP) ## train, score and draw on generated images (less than thirteen minutes on two cores)
+demo: $(STAMP) ## train, score and draw on generated images (less than eight minutes on two cores)
 	$(BIN) tools/demo.py $(DEMO_ARGS)
 
 test: lint ## ruff, then pytest; e.g. PYTEST_ARGS="-m 'not slow' -n 2"

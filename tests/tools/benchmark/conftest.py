@@ -1,12 +1,13 @@
 """Fixtures of the tests of what measures time: one thread, the tool, a small picture's work."""
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from torch import nn
 
 from il_net.benchmark.workload import Workload, make_workload
 
@@ -35,3 +36,20 @@ def tool() -> ModuleType:
 @pytest.fixture(scope="module")
 def workload() -> Workload:
     return make_workload(SIZE)
+
+
+@pytest.fixture
+def count_calls() -> Callable[[dict[str, nn.Module]], dict[str, int]]:
+    """Counts the forward passes of layers from now on, by their names."""
+
+    def start(layers: dict[str, nn.Module]) -> dict[str, int]:
+        calls = dict.fromkeys(layers, 0)
+        for name, layer in layers.items():
+
+            def count(*_: object, name: str = name) -> None:
+                calls[name] += 1
+
+            layer.register_forward_pre_hook(count)
+        return calls
+
+    return start

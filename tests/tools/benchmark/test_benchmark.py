@@ -166,7 +166,7 @@ def test_all_models_find_the_same_whatever_their_threshold(workload):
         assert torch.allclose(other.pred_boxes.tensor, found[0].pred_boxes.tensor, atol=1e-3)
 
 
-def test_replaced_layers_still_run(workload):
+def test_replaced_layers_still_run(workload, count_calls):
     subject = make_subject(workload, LOOP)
     heads = subject.model.roi_heads
     layers = {
@@ -174,13 +174,7 @@ def test_replaced_layers_still_run(workload):
         "classes": heads.pairs["a"].box_predictor.cls_score,
         "deltas": heads.pairs["a"].box_predictor.bbox_pred,
     }
-    calls = dict.fromkeys(layers, 0)
-    for name, layer in layers.items():
-
-        def count(*_: object, name: str = name) -> None:
-            calls[name] += 1
-
-        layer.register_forward_pre_hook(count)
+    calls = count_calls(layers)
     subject.run("inference")
     assert calls == {"rpn": 1, "classes": 3, "deltas": 3}
     subject.run("train")

@@ -158,7 +158,7 @@ def test_pictures_and_masks_enter_at_their_size_and_normalised(workload):
         assert torch.equal(kept["boxes"], workload.truths)
 
 
-def test_replaced_layers_still_run(workload):
+def test_replaced_layers_still_run(workload, count_calls):
     subject = make_peer(workload, TINY)
     heads = subject.model.detector.roi_heads
     layers = {
@@ -166,13 +166,7 @@ def test_replaced_layers_still_run(workload):
         "classes": heads.box_predictor.cls_score,
         "deltas": heads.box_predictor.bbox_pred,
     }
-    calls = dict.fromkeys(layers, 0)
-    for name, layer in layers.items():
-
-        def count(*_: object, name: str = name) -> None:
-            calls[name] += 1
-
-        layer.register_forward_pre_hook(count)
+    calls = count_calls(layers)
     subject.run("inference")
     subject.run("train")
     assert calls == {"rpn": 2, "classes": 2, "deltas": 2}

@@ -2,7 +2,7 @@
 
 torchvision's operator gathers the numbers of every channel one by one, and its backward pass is
 single-threaded. The same sums as an embedding bag over the pixels run along the channels, on all
-cores, in a third of the time or less (docs/benchmarks.md).
+cores, in about a third of the time or less (docs/benchmarks.md).
 
 Shape shorthand: N images, R boxes, C channels, S the pooled side, n samples of a bin along an axis.
 """

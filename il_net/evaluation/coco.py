@@ -7,7 +7,6 @@ score.
 import json
 import logging
 import math
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +79,7 @@ class COCOEvaluator(evaluation.COCOEvaluator):
     def _eval_predictions(self, predictions: list[dict], img_ids: list[int] | None = None) -> None:
         records = [record for image in predictions for record in image["instances"]]
         self._use_fast_impl = fits_fast_scoring(self.truth, records)
-        with fast_scoring() if self._use_fast_impl else nullcontext():
+        with fast_scoring():
             self._score(predictions, records, img_ids)
 
     def _score(
